@@ -1,0 +1,1 @@
+"""What runs on a device: a supervisor (control stream, store, heartbeat) and one worker per deployment."""

@@ -1,0 +1,1 @@
+"""The user's side: an OpenAI-compatible API that holds the text, the templates, the tokenizer and the sessions."""

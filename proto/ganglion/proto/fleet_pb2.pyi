@@ -1,0 +1,181 @@
+from ganglion.proto import identity_pb2 as _identity_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class AssignmentPhase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ASSIGNMENT_PHASE_UNSPECIFIED: _ClassVar[AssignmentPhase]
+    ASSIGNMENT_PHASE_FETCHING: _ClassVar[AssignmentPhase]
+    ASSIGNMENT_PHASE_LOADING: _ClassVar[AssignmentPhase]
+    ASSIGNMENT_PHASE_LISTENING: _ClassVar[AssignmentPhase]
+    ASSIGNMENT_PHASE_CONNECTED: _ClassVar[AssignmentPhase]
+    ASSIGNMENT_PHASE_FAILED: _ClassVar[AssignmentPhase]
+    ASSIGNMENT_PHASE_RELEASED: _ClassVar[AssignmentPhase]
+ASSIGNMENT_PHASE_UNSPECIFIED: AssignmentPhase
+ASSIGNMENT_PHASE_FETCHING: AssignmentPhase
+ASSIGNMENT_PHASE_LOADING: AssignmentPhase
+ASSIGNMENT_PHASE_LISTENING: AssignmentPhase
+ASSIGNMENT_PHASE_CONNECTED: AssignmentPhase
+ASSIGNMENT_PHASE_FAILED: AssignmentPhase
+ASSIGNMENT_PHASE_RELEASED: AssignmentPhase
+
+class AgentMessage(_message.Message):
+    __slots__ = ("hello", "advert", "heartbeat", "status", "links", "held")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    ADVERT_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    hello: _identity_pb2.Hello
+    advert: Advert
+    heartbeat: Heartbeat
+    status: AssignmentStatus
+    links: LinkReport
+    held: HeldModels
+    def __init__(self, hello: _Optional[_Union[_identity_pb2.Hello, _Mapping]] = ..., advert: _Optional[_Union[Advert, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., status: _Optional[_Union[AssignmentStatus, _Mapping]] = ..., links: _Optional[_Union[LinkReport, _Mapping]] = ..., held: _Optional[_Union[HeldModels, _Mapping]] = ...) -> None: ...
+
+class CoordinatorMessage(_message.Message):
+    __slots__ = ("hello", "assign", "connect", "release", "measure_links", "reprobe")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    ASSIGN_FIELD_NUMBER: _ClassVar[int]
+    CONNECT_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    MEASURE_LINKS_FIELD_NUMBER: _ClassVar[int]
+    REPROBE_FIELD_NUMBER: _ClassVar[int]
+    hello: _identity_pb2.Hello
+    assign: Assign
+    connect: Connect
+    release: Release
+    measure_links: MeasureLinks
+    reprobe: Reprobe
+    def __init__(self, hello: _Optional[_Union[_identity_pb2.Hello, _Mapping]] = ..., assign: _Optional[_Union[Assign, _Mapping]] = ..., connect: _Optional[_Union[Connect, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., measure_links: _Optional[_Union[MeasureLinks, _Mapping]] = ..., reprobe: _Optional[_Union[Reprobe, _Mapping]] = ...) -> None: ...
+
+class Advert(_message.Message):
+    __slots__ = ("profile", "addresses")
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    profile: bytes
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, profile: _Optional[bytes] = ..., addresses: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Heartbeat(_message.Message):
+    __slots__ = ("sequence", "workers")
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    sequence: int
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerBeat]
+    def __init__(self, sequence: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[WorkerBeat, _Mapping]]] = ...) -> None: ...
+
+class WorkerBeat(_message.Message):
+    __slots__ = ("deployment", "epoch", "steps", "longest_run_s", "sessions", "kv_bytes")
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    LONGEST_RUN_S_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    deployment: str
+    epoch: int
+    steps: int
+    longest_run_s: float
+    sessions: int
+    kv_bytes: int
+    def __init__(self, deployment: _Optional[str] = ..., epoch: _Optional[int] = ..., steps: _Optional[int] = ..., longest_run_s: _Optional[float] = ..., sessions: _Optional[int] = ..., kv_bytes: _Optional[int] = ...) -> None: ...
+
+class Assign(_message.Message):
+    __slots__ = ("deployment", "epoch", "plan", "manifest", "holders", "gateways")
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    HOLDERS_FIELD_NUMBER: _ClassVar[int]
+    GATEWAYS_FIELD_NUMBER: _ClassVar[int]
+    deployment: str
+    epoch: int
+    plan: bytes
+    manifest: bytes
+    holders: _containers.RepeatedCompositeFieldContainer[_identity_pb2.Peer]
+    gateways: _containers.RepeatedCompositeFieldContainer[_identity_pb2.Peer]
+    def __init__(self, deployment: _Optional[str] = ..., epoch: _Optional[int] = ..., plan: _Optional[bytes] = ..., manifest: _Optional[bytes] = ..., holders: _Optional[_Iterable[_Union[_identity_pb2.Peer, _Mapping]]] = ..., gateways: _Optional[_Iterable[_Union[_identity_pb2.Peer, _Mapping]]] = ...) -> None: ...
+
+class Connect(_message.Message):
+    __slots__ = ("deployment", "epoch", "peers", "gateways")
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    PEERS_FIELD_NUMBER: _ClassVar[int]
+    GATEWAYS_FIELD_NUMBER: _ClassVar[int]
+    deployment: str
+    epoch: int
+    peers: _containers.RepeatedCompositeFieldContainer[_identity_pb2.Peer]
+    gateways: _containers.RepeatedCompositeFieldContainer[_identity_pb2.Peer]
+    def __init__(self, deployment: _Optional[str] = ..., epoch: _Optional[int] = ..., peers: _Optional[_Iterable[_Union[_identity_pb2.Peer, _Mapping]]] = ..., gateways: _Optional[_Iterable[_Union[_identity_pb2.Peer, _Mapping]]] = ...) -> None: ...
+
+class Release(_message.Message):
+    __slots__ = ("deployment", "epoch", "reason")
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    deployment: str
+    epoch: int
+    reason: str
+    def __init__(self, deployment: _Optional[str] = ..., epoch: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class AssignmentStatus(_message.Message):
+    __slots__ = ("deployment", "epoch", "phase", "done_bytes", "total_bytes", "lane_address", "error_code", "error_message")
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    DONE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LANE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_CODE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    deployment: str
+    epoch: int
+    phase: AssignmentPhase
+    done_bytes: int
+    total_bytes: int
+    lane_address: str
+    error_code: str
+    error_message: str
+    def __init__(self, deployment: _Optional[str] = ..., epoch: _Optional[int] = ..., phase: _Optional[_Union[AssignmentPhase, str]] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., lane_address: _Optional[str] = ..., error_code: _Optional[str] = ..., error_message: _Optional[str] = ...) -> None: ...
+
+class MeasureLinks(_message.Message):
+    __slots__ = ("peers",)
+    PEERS_FIELD_NUMBER: _ClassVar[int]
+    peers: _containers.RepeatedCompositeFieldContainer[_identity_pb2.Peer]
+    def __init__(self, peers: _Optional[_Iterable[_Union[_identity_pb2.Peer, _Mapping]]] = ...) -> None: ...
+
+class LinkReport(_message.Message):
+    __slots__ = ("links",)
+    LINKS_FIELD_NUMBER: _ClassVar[int]
+    links: _containers.RepeatedCompositeFieldContainer[Link]
+    def __init__(self, links: _Optional[_Iterable[_Union[Link, _Mapping]]] = ...) -> None: ...
+
+class Link(_message.Message):
+    __slots__ = ("node_id", "reachable", "rtt_s", "bytes_per_s")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    REACHABLE_FIELD_NUMBER: _ClassVar[int]
+    RTT_S_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    reachable: bool
+    rtt_s: float
+    bytes_per_s: float
+    def __init__(self, node_id: _Optional[str] = ..., reachable: bool = ..., rtt_s: _Optional[float] = ..., bytes_per_s: _Optional[float] = ...) -> None: ...
+
+class HeldModels(_message.Message):
+    __slots__ = ("manifest_digests",)
+    MANIFEST_DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    manifest_digests: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, manifest_digests: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Reprobe(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

@@ -1,0 +1,38 @@
+"""Hard limits: named constants with their unit. Every one is a default that a release may lower, never a peer."""
+
+from __future__ import annotations
+
+from typing import Final
+
+PROTOCOL: Final = 1  # of ganglion.v1; a release speaks this and the one before it
+
+API_PORT: Final = 7460
+ENROLMENT_PORT: Final = 7461
+FLEET_PORT: Final = 7462  # fleet and admin services; agents use any free port and advertise it
+
+CONTROL_MESSAGE_BYTES: Final = 4 << 20
+TENSOR_MESSAGE_BYTES: Final = 16 << 20
+PIECE_CHUNK_BYTES: Final = 1 << 20
+ADVERT_BYTES: Final = 16 << 10
+MANIFEST_BYTES: Final = 3 << 20
+PLAN_BYTES: Final = 256 << 10
+REPORT_BYTES: Final = 2 << 20
+NAME_PATTERN: Final = r"^[a-z0-9][a-z0-9-]{0,62}$"
+
+HANDSHAKE_S: Final = 5.0
+FIRST_FRAME_S: Final = 10.0
+CONNECT_S: Final = 5.0
+HEARTBEAT_ACTIVE_S: Final = 0.25
+HEARTBEAT_IDLE_S: Final = 2.0
+SUSPECT_MISSED: Final = 3  # heartbeats, idle; an active deployment: 4 missed (1 s)
+DEAD_MISSED: Final = 6
+ACTIVE_SILENCE_S: Final = 1.0
+SESSIONS_QUEUED: Final = 32  # per deployment; the next one is refused with Exhausted
+EVENTS_QUEUED: Final = 256  # per client stream; then its generation is cancelled
+
+HTTP_HEADER_BYTES: Final = 16 << 10
+HTTP_BODY_BYTES: Final = 8 << 20
+JSON_DEPTH: Final = 32
+STOP_STRINGS: Final = 16
+STOP_STRING_CHARACTERS: Final = 256
+TOP_LOGPROBS: Final = 20

@@ -1,0 +1,41 @@
+"""The shared nouns: frozen types that every room speaks of. Importing them loads neither grpc nor cryptography."""
+
+from ganglion.wire.nouns.device import DeviceProfile, FormatRate
+from ganglion.wire.nouns.document import Document, digest, from_json, to_json
+from ganglion.wire.nouns.manifest import (
+    WEIGHTS_FILE,
+    Embedding,
+    Geometry,
+    Layer,
+    Manifest,
+    NumericClass,
+    PieceRef,
+    Segment,
+    Slot,
+)
+from ganglion.wire.nouns.plan import Candidate, Plan, PlanOptions, PlanReport, Range, Share, Stage
+
+__all__ = [
+    "WEIGHTS_FILE",
+    "Candidate",
+    "DeviceProfile",
+    "Document",
+    "Embedding",
+    "FormatRate",
+    "Geometry",
+    "Layer",
+    "Manifest",
+    "NumericClass",
+    "PieceRef",
+    "Plan",
+    "PlanOptions",
+    "PlanReport",
+    "Range",
+    "Segment",
+    "Share",
+    "Slot",
+    "Stage",
+    "digest",
+    "from_json",
+    "to_json",
+]

@@ -1,0 +1,115 @@
+"""The plan: who runs which shard, and how they exchange."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from ganglion.wire.nouns.document import Document
+from ganglion.wire.nouns.manifest import Count, Digest, NumericClass, Positive
+
+NodeId = Annotated[str, msgspec.Meta(pattern="^[a-z2-7]{26}$")]
+Topology = Literal["mesh", "star"]
+
+
+class Range(Document, array_like=True):
+    """Half-open range start..stop of groups or layers; empty when equal."""
+
+    start: Count
+    stop: Count
+
+    def __post_init__(self) -> None:
+        if self.stop < self.start:
+            raise ValueError(f"range {self.start}..{self.stop} ends before it starts")
+
+    @property
+    def count(self) -> int:
+        """How many groups or layers."""
+        return self.stop - self.start
+
+
+class Share(Document, kw_only=True):
+    """One device's part of a stage: its groups along both axes, and of the output matrix (last stage only)."""
+
+    device: NodeId
+    heads: Range
+    columns: Range
+    vocab: Range
+
+
+class Stage(Document, kw_only=True):
+    """A range of layers, tensor parallel over `shares`; a pipeline is several stages.
+
+    Invariant: the ranges of the shares partition each axis (vocab: in the last stage; empty in the others).
+    topology: how the partial sums are exchanged; in a star the hub is the first share's device.
+    """
+
+    layers: Range
+    shares: tuple[Share, ...]
+    topology: Topology
+
+
+class Plan(Document, kw_only=True):
+    """Stages in order. The lead is the first share of the first stage and has rank 0.
+
+    A device appears in one stage only. Hidden states pass from the first share of a stage to every share of the next;
+    candidates for tokens pass from the shares of the last stage to the lead.
+    """
+
+    manifest_digest: Digest
+    numeric_class: NumericClass
+    context: Positive                   # tokens a session may hold: prompt and answer
+    sessions: Positive                  # admitted at the same time
+    chunk: Positive                     # rows of a step at most (prefill chunk)
+    stages: tuple[Stage, ...]
+    threads: dict[str, int]             # node id -> intra-op threads
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Node ids in order of rank."""
+        return tuple(share.device for stage in self.stages for share in stage.shares)
+
+    @property
+    def lead(self) -> str:
+        """Node id of the lead."""
+        return self.stages[0].shares[0].device
+
+
+class PlanOptions(Document, kw_only=True):
+    """What a person asked of the planner; the defaults leave the choice to it."""
+
+    mode: Literal["auto", "single", "tensor", "pipeline"] = "auto"
+    devices: tuple[str, ...] = ()       # names or node ids; () = any
+    shares: tuple[Positive, ...] = ()   # relative shares, one per device of `devices`; () = by measured speed
+    topology: Literal["auto", "mesh", "star"] = "auto"
+    context: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 0    # 0: the model's own, at most what fits
+    sessions: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0      # 0: as many as fit, at most 4
+    chunk: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0       # 0: 256
+    private: bool = False               # only devices labelled owner
+
+
+class Candidate(Document, kw_only=True):
+    """One way to run the model, with what was predicted and why it was or was not chosen."""
+
+    mode: Literal["single", "tensor", "pipeline"]
+    devices: tuple[str, ...]            # names
+    feasible: bool
+    chosen: bool
+    reason: str                         # one line for a person
+    ms_per_token: float | None = None   # predicted; None when infeasible
+    compute_ms: float | None = None
+    exchange_ms: float | None = None
+    memory_bytes: dict[str, int] = {}   # by device name: weights, key-value state, overhead
+    available_bytes: dict[str, int] = {}
+    plan: Plan | None = None
+
+
+class PlanReport(Document, kw_only=True):
+    """Every candidate, the chosen one first. `plan` is None when nothing is feasible."""
+
+    model: str
+    numeric_class: str
+    candidates: tuple[Candidate, ...]
+    plan: Plan | None
+    notes: tuple[str, ...] = ()         # for example what the plan does not protect
