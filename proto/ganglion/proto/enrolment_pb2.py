@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from ganglion.proto import identity_pb2 as ganglion_dot_proto_dot_identity__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eganglion/proto/enrolment.proto\x12\x0bganglion.v1\x1a\x1dganglion/proto/identity.proto\"w\n\x0c\x45nrolRequest\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x12.ganglion.v1.Hello\x12\x0b\n\x03\x63sr\x18\x02 \x01(\x0c\x12)\n\x06record\x18\x03 \x01(\x0b\x32\x19.ganglion.v1.SignedRecord\x12\x0c\n\x04name\x18\x04 \x01(\t\"\x8e\x01\n\nEnrolReply\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x12.ganglion.v1.Hello\x12)\n\x08\x65nrolled\x18\x02 \x01(\x0b\x32\x15.ganglion.v1.EnrolledH\x00\x12\'\n\x07pending\x18\x03 \x01(\x0b\x32\x14.ganglion.v1.PendingH\x00\x42\t\n\x07outcome\"\x85\x01\n\x08\x45nrolled\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x11\n\tauthority\x18\x02 \x01(\x0c\x12)\n\x06record\x18\x03 \x01(\x0b\x32\x19.ganglion.v1.SignedRecord\x12\x18\n\x10owner_public_key\x18\x04 \x01(\x0c\x12\x0c\n\x04name\x18\x05 \x01(\t\" \n\x07Pending\x12\x15\n\rretry_after_s\x18\x01 \x01(\x01\x32H\n\tEnrolment\x12;\n\x05\x45nrol\x12\x19.ganglion.v1.EnrolRequest\x1a\x17.ganglion.v1.EnrolReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eganglion/proto/enrolment.proto\x12\x0bganglion.v1\x1a\x1dganglion/proto/identity.proto\"w\n\x0c\x45nrolRequest\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x12.ganglion.v1.Hello\x12\x0b\n\x03\x63sr\x18\x02 \x01(\x0c\x12)\n\x06record\x18\x03 \x01(\x0b\x32\x19.ganglion.v1.SignedRecord\x12\x0c\n\x04name\x18\x04 \x01(\t\"\x8e\x01\n\nEnrolReply\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x12.ganglion.v1.Hello\x12)\n\x08\x65nrolled\x18\x02 \x01(\x0b\x32\x15.ganglion.v1.EnrolledH\x00\x12\'\n\x07pending\x18\x03 \x01(\x0b\x32\x14.ganglion.v1.PendingH\x00\x42\t\n\x07outcome\"\x99\x01\n\x08\x45nrolled\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x11\n\tauthority\x18\x02 \x01(\x0c\x12)\n\x06record\x18\x03 \x01(\x0b\x32\x19.ganglion.v1.SignedRecord\x12\x18\n\x10owner_public_key\x18\x04 \x01(\x0c\x12\x0c\n\x04name\x18\x05 \x01(\t\x12\x12\n\nfleet_port\x18\x06 \x01(\r\" \n\x07Pending\x12\x15\n\rretry_after_s\x18\x01 \x01(\x01\x32H\n\tEnrolment\x12;\n\x05\x45nrol\x12\x19.ganglion.v1.EnrolRequest\x1a\x17.ganglion.v1.EnrolReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,9 +37,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENROLREPLY']._serialized_start=200
   _globals['_ENROLREPLY']._serialized_end=342
   _globals['_ENROLLED']._serialized_start=345
-  _globals['_ENROLLED']._serialized_end=478
-  _globals['_PENDING']._serialized_start=480
-  _globals['_PENDING']._serialized_end=512
-  _globals['_ENROLMENT']._serialized_start=514
-  _globals['_ENROLMENT']._serialized_end=586
+  _globals['_ENROLLED']._serialized_end=498
+  _globals['_PENDING']._serialized_start=500
+  _globals['_PENDING']._serialized_end=532
+  _globals['_ENROLMENT']._serialized_start=534
+  _globals['_ENROLMENT']._serialized_end=606
 # @@protoc_insertion_point(module_scope)

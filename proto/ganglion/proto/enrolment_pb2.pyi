@@ -28,18 +28,20 @@ class EnrolReply(_message.Message):
     def __init__(self, hello: _Optional[_Union[_identity_pb2.Hello, _Mapping]] = ..., enrolled: _Optional[_Union[Enrolled, _Mapping]] = ..., pending: _Optional[_Union[Pending, _Mapping]] = ...) -> None: ...
 
 class Enrolled(_message.Message):
-    __slots__ = ("certificate", "authority", "record", "owner_public_key", "name")
+    __slots__ = ("certificate", "authority", "record", "owner_public_key", "name", "fleet_port")
     CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
     AUTHORITY_FIELD_NUMBER: _ClassVar[int]
     RECORD_FIELD_NUMBER: _ClassVar[int]
     OWNER_PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
+    FLEET_PORT_FIELD_NUMBER: _ClassVar[int]
     certificate: bytes
     authority: bytes
     record: _identity_pb2.SignedRecord
     owner_public_key: bytes
     name: str
-    def __init__(self, certificate: _Optional[bytes] = ..., authority: _Optional[bytes] = ..., record: _Optional[_Union[_identity_pb2.SignedRecord, _Mapping]] = ..., owner_public_key: _Optional[bytes] = ..., name: _Optional[str] = ...) -> None: ...
+    fleet_port: int
+    def __init__(self, certificate: _Optional[bytes] = ..., authority: _Optional[bytes] = ..., record: _Optional[_Union[_identity_pb2.SignedRecord, _Mapping]] = ..., owner_public_key: _Optional[bytes] = ..., name: _Optional[str] = ..., fleet_port: _Optional[int] = ...) -> None: ...
 
 class Pending(_message.Message):
     __slots__ = ("retry_after_s",)

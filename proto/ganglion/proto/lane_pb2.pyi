@@ -22,6 +22,20 @@ class Sealed(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class Opening(_message.Message):
+    __slots__ = ("deployment", "epoch", "source", "destination", "handshake")
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    DESTINATION_FIELD_NUMBER: _ClassVar[int]
+    HANDSHAKE_FIELD_NUMBER: _ClassVar[int]
+    deployment: str
+    epoch: int
+    source: int
+    destination: int
+    handshake: bytes
+    def __init__(self, deployment: _Optional[str] = ..., epoch: _Optional[int] = ..., source: _Optional[int] = ..., destination: _Optional[int] = ..., handshake: _Optional[bytes] = ...) -> None: ...
+
 class Step(_message.Message):
     __slots__ = ("step", "entries", "closed")
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -57,18 +71,24 @@ class Draw(_message.Message):
     def __init__(self, candidates: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
 
 class Candidates(_message.Message):
-    __slots__ = ("ids", "logits", "log_sum_exp", "best_id", "best_score")
+    __slots__ = ("ids", "logits", "log_sum_exp", "best_id", "best_score", "best_logit", "scaled_log_sum_exp", "numeric_error")
     IDS_FIELD_NUMBER: _ClassVar[int]
     LOGITS_FIELD_NUMBER: _ClassVar[int]
     LOG_SUM_EXP_FIELD_NUMBER: _ClassVar[int]
     BEST_ID_FIELD_NUMBER: _ClassVar[int]
     BEST_SCORE_FIELD_NUMBER: _ClassVar[int]
+    BEST_LOGIT_FIELD_NUMBER: _ClassVar[int]
+    SCALED_LOG_SUM_EXP_FIELD_NUMBER: _ClassVar[int]
+    NUMERIC_ERROR_FIELD_NUMBER: _ClassVar[int]
     ids: _containers.RepeatedScalarFieldContainer[int]
     logits: _containers.RepeatedScalarFieldContainer[float]
     log_sum_exp: _containers.RepeatedScalarFieldContainer[float]
     best_id: int
     best_score: float
-    def __init__(self, ids: _Optional[_Iterable[int]] = ..., logits: _Optional[_Iterable[float]] = ..., log_sum_exp: _Optional[_Iterable[float]] = ..., best_id: _Optional[int] = ..., best_score: _Optional[float] = ...) -> None: ...
+    best_logit: float
+    scaled_log_sum_exp: _containers.RepeatedScalarFieldContainer[float]
+    numeric_error: bool
+    def __init__(self, ids: _Optional[_Iterable[int]] = ..., logits: _Optional[_Iterable[float]] = ..., log_sum_exp: _Optional[_Iterable[float]] = ..., best_id: _Optional[int] = ..., best_score: _Optional[float] = ..., best_logit: _Optional[float] = ..., scaled_log_sum_exp: _Optional[_Iterable[float]] = ..., numeric_error: bool = ...) -> None: ...
 
 class CandidatesReply(_message.Message):
     __slots__ = ("entries",)

@@ -21,6 +21,8 @@
 A message says what happened, which figure, and which knob to turn. Codes are stable; exit codes are in docs/cli.md.
 """
 
+# ruff: noqa: N818 - the tree is named by what went wrong; every member is an error
+
 from __future__ import annotations
 
 from http import HTTPStatus

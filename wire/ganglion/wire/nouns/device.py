@@ -14,7 +14,7 @@ DeviceName = Annotated[str, msgspec.Meta(pattern="^[a-z0-9][a-z0-9-]{0,62}$")]
 Short = Annotated[str, msgspec.Meta(max_length=128)]
 
 
-class FormatRate(Document, kw_only=True):
+class FormatRate(Document, frozen=True, kw_only=True):
     """Measured rates of one weight format on this device, with `threads` of its profile.
 
     decode_bytes_per_s: bytes of weights streamed per second by a one-row product (GEMV).
@@ -25,20 +25,20 @@ class FormatRate(Document, kw_only=True):
     prefill_flop_per_s: Rate
 
 
-class DeviceProfile(Document, kw_only=True):
+class DeviceProfile(Document, frozen=True, kw_only=True):
     """What one device is and measured. Sizes in bytes, rates per second."""
 
-    host_id: Short                       # equal for agents on one machine: they share its cores and memory
+    host_id: Short  # equal for agents on one machine: they share its cores and memory
     hostname: Short
-    system: Short                        # for example "Linux-6.1 x86_64"
-    kernel_family: Short                 # ONNX Runtime version, provider, instruction set
+    system: Short  # for example "Linux-6.1 x86_64"
+    kernel_family: Short  # ONNX Runtime version, provider, instruction set
     cores: Annotated[int, msgspec.Meta(ge=1, le=4096)]
-    threads: Annotated[int, msgspec.Meta(ge=1, le=4096)]   # intra-op threads the agent uses
-    memory_bytes: Bytes                  # of the machine
-    memory_budget_bytes: Bytes           # what deployments here may use
+    threads: Annotated[int, msgspec.Meta(ge=1, le=4096)]  # intra-op threads the agent uses
+    memory_bytes: Bytes  # of the machine
+    memory_budget_bytes: Bytes  # what deployments here may use
     disk_free_bytes: Bytes
     disk_read_bytes_per_s: Rate
-    memory_bytes_per_s: Rate             # float32 GEMV
-    rates: dict[Short, FormatRate]       # by numeric class name: "fp32", "int4-32", "int4-128"
+    memory_bytes_per_s: Rate  # float32 GEMV
+    rates: dict[Short, FormatRate]  # by numeric class name: "fp32", "int4-32", "int4-128"
     providers: tuple[Short, ...]
-    version: Short                       # of the distribution
+    version: Short  # of the distribution

@@ -1,9 +1,9 @@
 """The manifest: a model cut into pieces and graphs, and how a share is put together from them.
 
-A *piece* is one slot's bytes for one group, named by SHA-256. A *graph* is an ONNX file for a share of `count` groups of a
-segment kind; all layers with the same kind share it. Its initializers lie in one external file, by convention named
-`weights.bin`, put together on the device: for each slot in order, the pieces of groups start..stop-1 joined along the
-slot's axis, no padding between slots.
+A *piece* is one slot's bytes for one group, named by SHA-256. A *graph* is an ONNX file for a share of `count` groups
+of a segment kind; all layers with the same kind share it. Its initializers lie in one external file, by convention
+named `weights.bin`, put together on the device: for each slot in order, the pieces of groups start..stop-1 joined
+along the slot's axis, no padding between slots.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**40)]
 
 
-class PieceRef(Document, array_like=True):
+class PieceRef(Document, frozen=True, array_like=True):
     """One stored file: SHA-256 and size in bytes."""
 
     digest: Digest
     size: Count
 
 
-class Slot(Document, kw_only=True):
+class Slot(Document, frozen=True, kw_only=True):
     """One matrix (or its scales, or a norm) of a segment.
 
     `join`: how pieces of neighbouring groups are joined: "rows" (bytes one after the other; the output dimension is
@@ -42,7 +42,7 @@ class Slot(Document, kw_only=True):
     pieces: tuple[PieceRef, ...]
 
 
-class Segment(Document, kw_only=True):
+class Segment(Document, frozen=True, kw_only=True):
     """One ONNX graph's worth of a layer, between two exchanges; it leaves a partial sum [rows, hidden].
 
     `kind` names its graphs (`Manifest.graphs["{kind}/{count}"]`); `groups` is how many groups it is split in;
@@ -55,13 +55,13 @@ class Segment(Document, kw_only=True):
     slots: tuple[Slot, ...]
 
 
-class Layer(Document, kw_only=True):
+class Layer(Document, frozen=True, kw_only=True):
     """Segments in the order in which they run."""
 
     segments: tuple[Segment, ...]
 
 
-class Geometry(Document, kw_only=True):
+class Geometry(Document, frozen=True, kw_only=True):
     """What every side must know of the model's shape. Sizes in elements; `context` in tokens."""
 
     hidden: Positive
@@ -72,13 +72,13 @@ class Geometry(Document, kw_only=True):
     intermediate: Positive
     vocab: Positive
     context: Positive
-    head_groups: Positive       # groups of the "heads" axis (normally kv_heads)
-    column_groups: Positive     # groups of the "columns" axis (normally 16)
-    vocab_groups: Positive      # groups of the output matrix and the embedding
+    head_groups: Positive  # groups of the "heads" axis (normally kv_heads)
+    column_groups: Positive  # groups of the "columns" axis (normally 16)
+    vocab_groups: Positive  # groups of the output matrix and the embedding
     vocab_group_rows: Positive  # rows per vocabulary group; the last group may be padded with zero rows
 
 
-class NumericClass(Document, kw_only=True):
+class NumericClass(Document, frozen=True, kw_only=True):
     """What the numbers depend on, but for the kernel family.
 
     exact: each group its own product, products added in float64, partial sums travel as float64, attention with at
@@ -96,17 +96,17 @@ class NumericClass(Document, kw_only=True):
         return f"{self.format}{block}-{'exact' if self.exact else 'fast'}"
 
 
-class Embedding(Document, kw_only=True):
+class Embedding(Document, frozen=True, kw_only=True):
     """The embedding as stored in the checkpoint, by vocabulary groups: pieces [vocab_group_rows, hidden]."""
 
     dtype: Literal["float32", "float16", "bfloat16"]
     pieces: tuple[PieceRef, ...]
 
 
-class Manifest(Document, kw_only=True):
+class Manifest(Document, frozen=True, kw_only=True):
     """A cut model. Its digest (of the canonical JSON) names it.
 
-    Graph inputs and outputs, by segment axis (rows: S; "delta" and "partial" are float64 in exact classes, else float32):
+    Graph inputs and outputs, by segment axis (rows: S; "delta", "partial" are float64 in exact classes, else float32):
       heads:   res f32[S,H], delta[S,H], past_key f32[1,g,cap,hd], past_value, seqlens_k i32[1] (= total-1),
                total i32[1] (total_sequence_length), cos f32[context,hd/2], sin  ->  res_out f32[S,H], partial[S,H],
                present_key, present_value (bound to the same buffers as past)
@@ -116,19 +116,19 @@ class Manifest(Document, kw_only=True):
     """
 
     format_version: Literal[1]
-    name: str                              # as a person calls it; the API's model id
+    name: str  # as a person calls it; the API's model id
     family: str
-    source_digest: Digest                  # of the checkpoint's headers and config
+    source_digest: Digest  # of the checkpoint's headers and config
     numeric_class: NumericClass
     opset: Positive
     geometry: Geometry
     layers: tuple[Layer, ...]
     head: Segment
     embedding: Embedding
-    rope_cos: PieceRef                     # f32 [context, head_dim/2]
+    rope_cos: PieceRef  # f32 [context, head_dim/2]
     rope_sin: PieceRef
     graphs: dict[str, PieceRef]
-    tokenizer: dict[str, PieceRef]         # file name -> piece: tokenizer.json, tokenizer_config.json, ...
+    tokenizer: dict[str, PieceRef]  # file name -> piece: tokenizer.json, tokenizer_config.json, ...
     bos_id: int | None
     eos_ids: tuple[int, ...]
     parameters: Count

@@ -13,7 +13,7 @@ NodeId = Annotated[str, msgspec.Meta(pattern="^[a-z2-7]{26}$")]
 Topology = Literal["mesh", "star"]
 
 
-class Range(Document, array_like=True):
+class Range(Document, frozen=True, array_like=True):
     """Half-open range start..stop of groups or layers; empty when equal."""
 
     start: Count
@@ -29,7 +29,7 @@ class Range(Document, array_like=True):
         return self.stop - self.start
 
 
-class Share(Document, kw_only=True):
+class Share(Document, frozen=True, kw_only=True):
     """One device's part of a stage: its groups along both axes, and of the output matrix (last stage only)."""
 
     device: NodeId
@@ -38,7 +38,7 @@ class Share(Document, kw_only=True):
     vocab: Range
 
 
-class Stage(Document, kw_only=True):
+class Stage(Document, frozen=True, kw_only=True):
     """A range of layers, tensor parallel over `shares`; a pipeline is several stages.
 
     Invariant: the ranges of the shares partition each axis (vocab: in the last stage; empty in the others).
@@ -50,7 +50,7 @@ class Stage(Document, kw_only=True):
     topology: Topology
 
 
-class Plan(Document, kw_only=True):
+class Plan(Document, frozen=True, kw_only=True):
     """Stages in order. The lead is the first share of the first stage and has rank 0.
 
     A device appears in one stage only. Hidden states pass from the first share of a stage to every share of the next;
@@ -59,11 +59,11 @@ class Plan(Document, kw_only=True):
 
     manifest_digest: Digest
     numeric_class: NumericClass
-    context: Positive                   # tokens a session may hold: prompt and answer
-    sessions: Positive                  # admitted at the same time
-    chunk: Positive                     # rows of a step at most (prefill chunk)
+    context: Positive  # tokens a session may hold: prompt and answer
+    sessions: Positive  # admitted at the same time
+    chunk: Positive  # rows of a step at most (prefill chunk)
     stages: tuple[Stage, ...]
-    threads: dict[str, int]             # node id -> intra-op threads
+    threads: dict[str, int]  # node id -> intra-op threads
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -76,40 +76,42 @@ class Plan(Document, kw_only=True):
         return self.stages[0].shares[0].device
 
 
-class PlanOptions(Document, kw_only=True):
+class PlanOptions(Document, frozen=True, kw_only=True):
     """What a person asked of the planner; the defaults leave the choice to it."""
 
     mode: Literal["auto", "single", "tensor", "pipeline"] = "auto"
-    devices: tuple[str, ...] = ()       # names or node ids; () = any
-    shares: tuple[Positive, ...] = ()   # relative shares, one per device of `devices`; () = by measured speed
+    devices: tuple[str, ...] = ()  # names or node ids; () = any
+    shares: tuple[Positive, ...] = ()  # relative shares, one per device of `devices`; () = by measured speed
     topology: Literal["auto", "mesh", "star"] = "auto"
-    context: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 0    # 0: the model's own, at most what fits
-    sessions: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0      # 0: as many as fit, at most 4
-    chunk: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0       # 0: 256
-    private: bool = False               # only devices labelled owner
+    context: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 0  # 0: the model's own, at most what fits
+    sessions: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0  # 0: as many as fit, at most 4
+    chunk: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0  # 0: 256
+    private: bool = False  # only devices labelled owner
 
 
-class Candidate(Document, kw_only=True):
+class Candidate(Document, frozen=True, kw_only=True):
     """One way to run the model, with what was predicted and why it was or was not chosen."""
 
     mode: Literal["single", "tensor", "pipeline"]
-    devices: tuple[str, ...]            # names
+    devices: tuple[str, ...]  # names
     feasible: bool
     chosen: bool
-    reason: str                         # one line for a person
-    ms_per_token: float | None = None   # predicted; None when infeasible
+    reason: str  # one line for a person
+    ms_per_token: float | None = None  # predicted; None when infeasible
     compute_ms: float | None = None
     exchange_ms: float | None = None
-    memory_bytes: dict[str, int] = {}   # by device name: weights, key-value state, overhead
-    available_bytes: dict[str, int] = {}
+    memory_bytes: dict[str, int] = msgspec.field(
+        default_factory=dict
+    )  # by device name: weights, key-value state, overhead
+    available_bytes: dict[str, int] = msgspec.field(default_factory=dict)
     plan: Plan | None = None
 
 
-class PlanReport(Document, kw_only=True):
+class PlanReport(Document, frozen=True, kw_only=True):
     """Every candidate, the chosen one first. `plan` is None when nothing is feasible."""
 
     model: str
     numeric_class: str
     candidates: tuple[Candidate, ...]
     plan: Plan | None
-    notes: tuple[str, ...] = ()         # for example what the plan does not protect
+    notes: tuple[str, ...] = ()  # for example what the plan does not protect
