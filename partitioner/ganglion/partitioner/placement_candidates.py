@@ -1,0 +1,345 @@
+"""Candidates: one way to run a model on a given set of devices, predicted. Pure.
+
+A single device is tensor parallel over one. A stage's time is the sum over its axes of the slowest share, which equals
+the sum over its segments when layers are alike (a lower bound otherwise).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ganglion.partitioner.cost import (
+    COLD_RUN_S,
+    DECODE_DEPTH_TOKENS,
+    HEAD_LAYER,
+    RUN_S,
+    WEIGHTS_FACTOR,
+    Device,
+    ModelSize,
+    Network,
+    Slice,
+    exchange_s,
+    kv_capacity_tokens,
+    slices,
+)
+from ganglion.partitioner.placement_order import arrange, chain
+from ganglion.partitioner.placement_split import (
+    AxisLoad,
+    Counts,
+    Shortage,
+    divide,
+    fill_layers,
+    improve,
+    largest_remainder,
+    objective_s,
+    proportional_layers,
+    shortage,
+)
+from ganglion.wire.nouns import Manifest, Plan, PlanOptions, Range, Share, Stage
+from ganglion.wire.nouns.plan import Topology
+
+Rung = tuple[int, int]
+"""(context in tokens, sessions)."""
+
+EMPTY = Range(0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What every candidate of one call shares; `rungs` from the most wanted to the least."""
+
+    manifest: Manifest
+    manifest_digest: str
+    size: ModelSize
+    network: Network
+    options: PlanOptions
+    rungs: tuple[Rung, ...]
+
+    def chunk(self, context: int) -> int:
+        """Rows of a step at most."""
+        return min(self.options.chunk or 256, context)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """A predicted candidate; without a plan, `problem` says why there is none."""
+
+    mode: Literal["single", "tensor", "pipeline"]
+    devices: tuple[Device, ...]
+    plan: Plan | None = None
+    problem: str = ""
+    compute_s: float = 0.0
+    exchange_s: float = 0.0
+    exchanges: str = ""
+    remarks: list[str] = field(default_factory=list)
+    memory_bytes: dict[str, int] = field(default_factory=dict)
+    available_bytes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def ms_per_token(self) -> float:
+        """Predicted milliseconds of a decoded token."""
+        return (self.compute_s + self.exchange_s) * 1e3
+
+    @property
+    def title(self) -> str:
+        """For example "tensor over a, b"."""
+        return f"{self.mode} {'on' if self.mode == 'single' else 'over'} {', '.join(d.name for d in self.devices)}"
+
+
+def tensor(request: Request, devices: Sequence[Device]) -> Outcome:
+    """All layers on every device (in order of preference), each with its groups; one device is "single"."""
+    mode: Literal["single", "tensor"] = "single" if len(devices) == 1 else "tensor"
+    outcome = Outcome(mode=mode, devices=tuple(devices))
+    orders, problem = arrange(request.network, request.options.topology, devices)
+    if not orders:
+        outcome.problem = f"{outcome.title}: {problem}"
+        return outcome
+    if len(devices) > request.manifest.geometry.column_groups:
+        groups = request.manifest.geometry.column_groups
+        outcome.problem = f"{outcome.title}: {groups} column groups cannot be shared by {len(devices)} devices"
+        return outcome
+    tried = [_tensor(request, mode, topology, order) for topology, order in orders]
+    return min(tried, key=lambda one: (one.plan is None, one.ms_per_token))
+
+
+def _tensor(
+    request: Request, mode: Literal["single", "tensor"], topology: Topology, order: Sequence[Device]
+) -> Outcome:
+    size, layers = request.size, request.size.all_layers
+    outcome = Outcome(mode=mode, devices=tuple(order))
+    parts = slices(order, request.manifest.numeric_class)
+    outcome.available_bytes = {part.device.name: part.available_bytes for part in parts}
+    short = Shortage(0, 0)
+    for rung in request.rungs:
+        axes = _axes(request, parts, rung)
+        room = [
+            part.available_bytes - size.fixed_bytes(chunk=request.chunk(rung[0]), lead=rank == 0)
+            for rank, part in enumerate(parts)
+        ]
+        counts = _counts(request, axes, parts, room)
+        if not isinstance(counts, Shortage):
+            break
+        short = counts
+    else:
+        outcome.problem = _missing(outcome, order[short.device], short.missing_bytes, request)
+        return outcome
+    heads, columns, vocab = (_ranges(row) for row in counts)
+    shares = tuple(
+        Share(device=device.node_id, heads=heads[rank], columns=columns[rank], vocab=vocab[rank])
+        for rank, device in enumerate(order)
+    )
+    _finish(request, outcome, parts, (Stage(layers=layers, shares=shares, topology=topology),), rung)
+    return outcome
+
+
+def pipeline(request: Request, devices: Sequence[Device]) -> Outcome:
+    """A stage of layers on each of `devices`: as many as fit on the fastest, or in proportion when it was asked for."""
+    outcome = Outcome(mode="pipeline", devices=tuple(devices))
+    order, problem = chain(request.network, devices, as_named=bool(request.options.devices))
+    if not order:
+        outcome.problem = f"{outcome.title}: {problem}"
+        return outcome
+    outcome.devices = tuple(order)
+    size, options, geometry = request.size, request.options, request.manifest.geometry
+    parts = slices(order, request.manifest.numeric_class)
+    outcome.available_bytes = {part.device.name: part.available_bytes for part in parts}
+    if size.all_layers.count < len(order):
+        outcome.problem = f"{outcome.title}: {size.all_layers.count} layers cannot be shared by {len(order)} devices"
+        return outcome
+    everything = (Range(0, geometry.head_groups), Range(0, geometry.column_groups))
+    heaviest = max(
+        range(size.all_layers.count),
+        key=lambda one: size.share_bytes(Range(one, one + 1), *everything, EMPTY, kv_tokens=1),
+    )
+    by_speed = sorted(range(len(parts)), key=lambda rank: (-parts[rank].weight_bytes_per_s, rank))
+    missing, capacity = 0, list[int]()
+    for rung in request.rungs:
+        kv_tokens = rung[1] * kv_capacity_tokens(rung[0])
+        layer_bytes = size.share_bytes(Range(heaviest, heaviest + 1), *everything, EMPTY, kv_tokens=kv_tokens)
+        capacity.clear()
+        for rank, part in enumerate(parts):
+            room = part.available_bytes - size.fixed_bytes(chunk=request.chunk(rung[0]), lead=rank == 0)
+            if rank == len(parts) - 1:
+                room -= size.share_bytes(EMPTY, EMPTY, EMPTY, Range(0, geometry.vocab_groups), kv_tokens=0)
+            capacity.append(max(0, room // max(1, layer_bytes)))
+        counts: list[int] | None
+        if options.shares:
+            weights = [float(options.shares[list(devices).index(device)]) for device in order]
+            counts = largest_remainder(size.all_layers.count, weights, 1)
+            counts = counts if all(n <= limit for n, limit in zip(counts, capacity, strict=True)) else None
+        elif options.mode == "pipeline":
+            counts = proportional_layers(size.all_layers.count, [p.weight_bytes_per_s for p in parts], capacity)
+        else:
+            counts = fill_layers(size.all_layers.count, by_speed, capacity)
+        if counts is not None:
+            break
+        missing = max(1, size.all_layers.count - sum(capacity)) * layer_bytes
+    else:
+        tightest = min(range(len(order)), key=lambda rank: (capacity[rank], rank))
+        outcome.problem = _missing(outcome, order[tightest], missing, request)
+        return outcome
+    last = len(order) - 1
+    stages = tuple(
+        Stage(
+            layers=layers,
+            shares=(
+                Share(
+                    device=order[rank].node_id,
+                    heads=everything[0],
+                    columns=everything[1],
+                    vocab=Range(0, geometry.vocab_groups) if rank == last else EMPTY,
+                ),
+            ),
+            topology="mesh" if options.topology == "auto" else options.topology,
+        )
+        for rank, layers in enumerate(_ranges(counts))
+    )
+    _finish(request, outcome, parts, stages, rung)
+    return outcome
+
+
+def _axes(request: Request, parts: Sequence[Slice], rung: Rung) -> tuple[AxisLoad, AxisLoad, AxisLoad]:
+    """Loads of heads, columns and vocabulary over all layers."""
+    size, geometry, layers = request.size, request.manifest.geometry, request.size.all_layers
+    kv_tokens = rung[1] * kv_capacity_tokens(rung[0])
+    one = Range(0, 1)
+
+    def load(axis_bytes: int, whole_bytes: int, groups: int, *, least: int, kv_s: bool) -> AxisLoad:
+        read = size.kv_bytes(layers, one, tokens=DECODE_DEPTH_TOKENS) if kv_s else 0
+        held = size.kv_bytes(layers, one, tokens=kv_tokens) if kv_s else 0
+        return AxisLoad(
+            groups=groups,
+            each_s=tuple(axis_bytes / p.weight_bytes_per_s + read / p.memory_bytes_per_s for p in parts),
+            fixed_s=tuple(whole_bytes / p.weight_bytes_per_s for p in parts),
+            each_bytes=int(WEIGHTS_FACTOR * axis_bytes) + held,
+            fixed_bytes=int(WEIGHTS_FACTOR * whole_bytes),
+            least=least,
+        )
+
+    heads, columns, vocab = size.heads, size.columns, size.vocab
+    every = int(geometry.head_groups >= len(parts))
+    return (
+        load(heads.largest_group(layers), heads.whole(layers), geometry.head_groups, least=every, kv_s=True),
+        load(columns.largest_group(layers), columns.whole(layers), geometry.column_groups, least=1, kv_s=False),
+        load(vocab.largest_group(HEAD_LAYER), vocab.whole(HEAD_LAYER), geometry.vocab_groups, least=0, kv_s=False),
+    )
+
+
+def _counts(
+    request: Request, axes: Sequence[AxisLoad], parts: Sequence[Slice], room: Sequence[int]
+) -> Counts | Shortage:
+    options = request.options
+    if options.shares:
+        named = list(options.devices)
+        weights = []
+        for part in parts:
+            key = part.device.name if part.device.name in named else part.device.node_id
+            weights.append(float(options.shares[named.index(key)]))
+        counts = [largest_remainder(axis.groups, weights, axis.least) for axis in axes]
+        return shortage(axes, counts, room) or counts
+    counts_or_short = divide(axes, room)
+    if isinstance(counts_or_short, Shortage):
+        return counts_or_short
+    unlimited = divide(axes, [2**62] * len(room))
+    bound = not isinstance(unlimited, Shortage) and objective_s(axes, unlimited) < objective_s(axes, counts_or_short)
+    return improve(axes, counts_or_short, room) if bound else counts_or_short
+
+
+def _ranges(counts: Sequence[int]) -> list[Range]:
+    found, start = [], 0
+    for count in counts:
+        found.append(Range(start, start + count))
+        start += count
+    return found
+
+
+def _finish(request: Request, outcome: Outcome, parts: Sequence[Slice], stages: tuple[Stage, ...], rung: Rung) -> None:
+    """Predict `stages`, weigh every share, and make the plan."""
+    size, network = request.size, request.network
+    context, sessions = rung
+    by_id = {part.device.node_id: part for part in parts}
+    row_bytes = request.manifest.geometry.hidden * size.wire_value_bytes
+    hidden_bytes = request.manifest.geometry.hidden * 4
+    compute_s = handover_s = sums_s = 0.0
+    sums = handovers = 0
+    for index, stage in enumerate(stages):
+        ids = [share.device for share in stage.shares]
+        compute_s += _stage_s(size, stage, by_id)
+        segments = sum(size.segments[stage.layers.start : stage.layers.stop])
+        if len(ids) > 1:
+            sums += segments
+            sums_s += segments * exchange_s(network, ids, stage.topology, row_bytes)
+        handed = [device for device in ids if device != stages[0].shares[0].device] if index == 0 else ids
+        sender = stages[max(0, index - 1)].shares[0].device
+        if handed:
+            handovers += 1
+            handover_s += max(network.hop(sender, device).seconds(hidden_bytes) for device in handed)
+    lead = stages[0].shares[0].device
+    drawing = [share.device for share in stages[-1].shares if share.device != lead]
+    if drawing:
+        handovers += 1
+        handover_s += max(network.hop(device, lead).latency_s for device in drawing)
+    lone = len(parts) == 1
+    compute_s += (sum(size.segments) + 1) * (RUN_S if lone else RUN_S + COLD_RUN_S)
+    outcome.compute_s, outcome.exchange_s = compute_s, sums_s + handover_s
+    told = [f"{sums} exchanges of {sums_s / sums * 1e3:.2f} ms"] if sums else []
+    told += [f"{handovers} hand-overs of {handover_s / handovers * 1e3:.2f} ms"] if handovers else []
+    outcome.exchanges = ", ".join(told)
+    kv_tokens = sessions * kv_capacity_tokens(context)
+    for stage in stages:
+        for share in stage.shares:
+            fixed = size.fixed_bytes(chunk=request.chunk(context), lead=share.device == lead)
+            held = size.share_bytes(stage.layers, share.heads, share.columns, share.vocab, kv_tokens=kv_tokens)
+            outcome.memory_bytes[by_id[share.device].device.name] = fixed + held
+    _remark(request, outcome, rung)
+    outcome.plan = Plan(
+        manifest_digest=request.manifest_digest,
+        numeric_class=request.manifest.numeric_class,
+        context=context,
+        sessions=sessions,
+        chunk=request.chunk(context),
+        stages=stages,
+        threads={part.device.node_id: part.threads for part in sorted(parts, key=lambda p: p.device.node_id)},
+    )
+
+
+def _stage_s(size: ModelSize, stage: Stage, parts: dict[str, Slice]) -> float:
+    heads_s, columns_s, vocab_s = [0.0], [0.0], [0.0]
+    for share in stage.shares:
+        part = parts[share.device]
+        read = size.kv_bytes(stage.layers, share.heads, tokens=DECODE_DEPTH_TOKENS)
+        weights = size.heads.total(stage.layers, share.heads)
+        heads_s.append(weights / part.weight_bytes_per_s + read / part.memory_bytes_per_s)
+        columns_s.append(size.columns.total(stage.layers, share.columns) / part.weight_bytes_per_s)
+        vocab_s.append(size.vocab.total(HEAD_LAYER, share.vocab) / part.weight_bytes_per_s)
+    return max(heads_s) + max(columns_s) + max(vocab_s)
+
+
+def _remark(request: Request, outcome: Outcome, rung: Rung) -> None:
+    context, sessions = rung
+    own = request.manifest.geometry.context
+    if not request.options.context and context < own:
+        outcome.remarks.append(f"context reduced to {context} of {own} to fit: more memory or fewer sessions raises it")
+    if not request.options.sessions and sessions < 4:
+        outcome.remarks.append(f"{sessions} session{'s' if sessions > 1 else ''} at a time fit")
+    ids = [device.node_id for device in outcome.devices]
+    names = {device.node_id: device.name for device in outcome.devices}
+    for index, one in enumerate(ids):
+        for other in ids[index + 1 :]:
+            hop = request.network.hop(one, other)
+            if hop.assumed:
+                outcome.remarks.append(
+                    f"link {names[one]} - {names[other]} not measured: {hop.latency_s * 1e3:.1f} ms one way assumed"
+                )
+
+
+def _missing(outcome: Outcome, device: Device, missing_bytes: int, request: Request) -> str:
+    context, sessions = request.rungs[-1]
+    available = outcome.available_bytes[device.name]
+    return (
+        f"{outcome.title}: {device.name} lacks {missing_bytes / 1e6:.0f} MB beyond its {available / 1e6:.0f} MB, at"
+        f" context {context} and {sessions} session{'s' if sessions > 1 else ''}: raise its memory budget, lower"
+        " the context, use int4, or add a device"
+    )
