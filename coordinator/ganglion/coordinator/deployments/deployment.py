@@ -1,0 +1,135 @@
+"""One deployment with what the coordinator knows of it, as the protocol shows it. No prompt or activation is known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from ganglion.coordinator.deployments.events import Phase, WorkerPhase
+from ganglion.coordinator.deployments.machine import DeploymentMachine
+from ganglion.coordinator.roster import Roster
+from ganglion.proto import admin_pb2, fleet_pb2, identity_pb2
+from ganglion.wire.errors import NotFound
+from ganglion.wire.nouns import Manifest, Plan, PlanOptions, to_json
+
+
+@dataclass
+class Deployment:
+    """A wanted model, its machine and its present plan.
+
+    reserved_bytes: memory that the plan takes, by node id. sessions: open on the lead, as it last said.
+    """
+
+    deployment: str
+    manifest: Manifest
+    manifest_json: bytes
+    manifest_digest: str
+    options: PlanOptions
+    holder: str
+    machine: DeploymentMachine
+    plan: Plan | None = None
+    plan_json: bytes = b""
+    reserved_bytes: dict[str, int] = field(default_factory=dict)
+    sessions: int = 0
+
+    @property
+    def model(self) -> str:
+        """The name that the API shows."""
+        return self.manifest.name
+
+    def adopt(self, plan: Plan, reserved_bytes: dict[str, int]) -> None:
+        """This plan is the one of the next epoch."""
+        self.plan, self.plan_json, self.reserved_bytes = plan, to_json(plan), reserved_bytes
+
+    def event(self, roster: Roster) -> admin_pb2.DeployEvent:
+        """What Deploy streams."""
+        machine = self.machine
+        return admin_pb2.DeployEvent(
+            deployment=self.deployment,
+            epoch=machine.epoch,
+            phase=_PHASE_NUMBERS[machine.phase],
+            message=machine.message,
+            error_code=machine.error_code,
+            devices=[
+                admin_pb2.DeviceProgress(
+                    node_id=node_id,
+                    name=roster.name_of(node_id),
+                    phase=worker.phase.name.lower(),
+                    done_bytes=worker.done_bytes,
+                    total_bytes=worker.total_bytes,
+                )
+                for node_id, worker in machine.workers.items()
+            ],
+        )
+
+    def state(self, roster: Roster, viewer_host: str) -> admin_pb2.DeploymentState:
+        """What Watch shows to somebody at `viewer_host`."""
+        machine = self.machine
+        state = admin_pb2.DeploymentState(
+            deployment=self.deployment,
+            model=self.model,
+            manifest_digest=self.manifest_digest,
+            epoch=machine.epoch,
+            phase=_PHASE_NUMBERS[machine.phase],
+            message=machine.message,
+            manifest=self.manifest_json,
+            holders=[roster.peer(node_id, viewer_host) for node_id in self.holders(roster)],
+            sessions=self.sessions,
+        )
+        if machine.is_running:
+            state.plan = self.plan_json
+        if machine.phase is Phase.READY:
+            state.lead.CopyFrom(self.worker_peer(roster, machine.devices[0], viewer_host))
+        return state
+
+    def holders(self, roster: Roster) -> list[str]:
+        """Node ids of the devices at hand that hold the whole model; who deployed it from its store comes first."""
+        held = [member.node_id for member in roster.ready_members() if self.manifest_digest in member.held]
+        if roster.member(self.holder) is not None:
+            held = [self.holder, *(node_id for node_id in held if node_id != self.holder)]
+        return held
+
+    def worker_peer(self, roster: Roster, node_id: str, viewer_host: str) -> identity_pb2.Peer:
+        """A worker of the present epoch as a peer of somebody at `viewer_host`; raises NotFound before it listens."""
+        worker = self.machine.workers.get(node_id)
+        if worker is None or worker.phase < WorkerPhase.LISTENING:
+            raise NotFound(f"the worker on {roster.name_of(node_id)} does not listen yet")
+        return roster.peer(node_id, viewer_host, (worker.lane_address,))
+
+    def assign(self, roster: Roster, node_id: str, epoch: int) -> fleet_pb2.Assign:
+        """The order to prepare a share."""
+        host = _host_of(roster, node_id)
+        return fleet_pb2.Assign(
+            deployment=self.deployment,
+            epoch=epoch,
+            plan=self.plan_json,
+            manifest=self.manifest_json,
+            holders=[roster.peer(holder, host) for holder in self.holders(roster) if holder != node_id],
+            gateways=roster.gateways(),
+        )
+
+    def connect(self, roster: Roster, node_id: str, epoch: int) -> fleet_pb2.Connect:
+        """The order to connect the lanes; peers in order of rank."""
+        host = _host_of(roster, node_id)
+        return fleet_pb2.Connect(
+            deployment=self.deployment,
+            epoch=epoch,
+            peers=[self.worker_peer(roster, peer, host) for peer in self.machine.devices],
+            gateways=roster.gateways(),
+        )
+
+
+def _host_of(roster: Roster, node_id: str) -> str:
+    member = roster.member(node_id)
+    return member.seen_host if member else ""
+
+
+_PHASE_NUMBERS: Final = {
+    Phase.PLANNING: admin_pb2.DEPLOYMENT_PHASE_PLANNING,
+    Phase.PREPARING: admin_pb2.DEPLOYMENT_PHASE_PREPARING,
+    Phase.CONNECTING: admin_pb2.DEPLOYMENT_PHASE_CONNECTING,
+    Phase.READY: admin_pb2.DEPLOYMENT_PHASE_READY,
+    Phase.REPLANNING: admin_pb2.DEPLOYMENT_PHASE_REPLANNING,
+    Phase.FAILED: admin_pb2.DEPLOYMENT_PHASE_FAILED,
+    Phase.STOPPED: admin_pb2.DEPLOYMENT_PHASE_STOPPED,
+}
