@@ -1,0 +1,68 @@
+"""The kept `Admin.Watch` stream: what the coordinator says while it is there, and again when it comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable
+
+import grpc
+
+from ganglion.proto import admin_pb2, admin_pb2_grpc
+from ganglion.wire import rpc
+from ganglion.wire.errors import GanglionError
+from ganglion.wire.identity import Identity
+from ganglion.wire.limits import CONNECT_S
+
+BACKOFF_FIRST_S = 0.2
+BACKOFF_MOST_S = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+class CoordinatorLink:
+    """Follows the coordinator at `address` and hands every state to `on_fleet`.
+
+    When it is away, what was last said stays in force: leads are talked to directly.
+    """
+
+    def __init__(self, identity: Identity, address: str, on_fleet: Callable[[admin_pb2.Fleetwide], None]) -> None:
+        self.address = address
+        self.connected = False
+        self.trouble = "not reached yet"
+        self._identity = identity
+        self._on_fleet = on_fleet
+
+    async def run(self) -> None:
+        """Follow until cancelled."""
+        wait_s = BACKOFF_FIRST_S
+        while True:
+            began_s = time.monotonic()
+            try:
+                await self._follow()
+                self.trouble = "it ended the stream"
+            except grpc.RpcError as error:
+                self.trouble = rpc.to_error(error, self.address).message
+            except GanglionError as error:
+                self.trouble = error.message
+            except TimeoutError:
+                self.trouble = f"{self.address} did not greet within {CONNECT_S:g} s"
+            if self.connected or time.monotonic() - began_s > BACKOFF_MOST_S:
+                wait_s = BACKOFF_FIRST_S
+            self.connected = False
+            _log.warning("the coordinator is away: %s", self.trouble)
+            await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))  # noqa: S311  (spreads reconnections, not a secret)
+            wait_s = min(2 * wait_s, BACKOFF_MOST_S)
+
+    async def _follow(self) -> None:
+        async with rpc.channel(self.address, self._identity, peer="coordinator") as channel:
+            stub = admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
+            async with asyncio.timeout(CONNECT_S):
+                rpc.check_hello(await stub.Greet(rpc.hello()))
+            async for fleet in stub.Watch(admin_pb2.WatchRequest()):
+                if not self.connected:
+                    _log.info("following the coordinator at %s", self.address)
+                self.connected, self.trouble = True, ""
+                self._on_fleet(fleet)
