@@ -1,0 +1,71 @@
+"""Which pieces a share needs: derived from plan and manifest alone. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from ganglion.wire.errors import InvalidDocument, NotFound
+from ganglion.wire.nouns import Manifest, PieceRef, Plan, Range, Segment, Share, Stage
+from ganglion.wire.shares import share_pieces
+
+
+def needed_pieces(manifest: Manifest, plan: Plan, node_id: str) -> tuple[PieceRef, ...]:
+    """The pieces and graphs of the share of `node_id`, each once, in the order in which they are used.
+
+    The lead also needs the whole embedding. Raises NotFound when the plan has no such device, InvalidDocument when
+    plan and manifest do not belong together.
+    """
+    for stage in plan.stages:
+        for share in stage.shares:
+            if share.device == node_id:
+                return _unique(_of_share(manifest, stage, share, lead=node_id == plan.lead))
+    raise NotFound(f"the plan has no share for device {node_id}; it names {', '.join(plan.devices)}")
+
+
+def all_pieces(manifest: Manifest) -> tuple[PieceRef, ...]:
+    """Every piece that `manifest` names, each once: what a holder of the whole model holds."""
+
+    def every() -> Iterator[PieceRef]:
+        for layer in manifest.layers:
+            for segment in layer.segments:
+                for slot in segment.slots:
+                    yield from slot.pieces
+        for slot in manifest.head.slots:
+            yield from slot.pieces
+        yield from manifest.embedding.pieces
+        yield from (manifest.rope_cos, manifest.rope_sin)
+        yield from manifest.graphs.values()
+        yield from manifest.tokenizer.values()
+
+    return _unique(every())
+
+
+def _of_share(manifest: Manifest, stage: Stage, share: Share, *, lead: bool) -> Iterator[PieceRef]:
+    if stage.layers.stop > len(manifest.layers):
+        raise InvalidDocument(
+            f"plan: layers {stage.layers.start}..{stage.layers.stop}, {manifest.name} has {len(manifest.layers)}"
+        )
+    if lead:
+        yield from manifest.embedding.pieces
+    yield from (manifest.rope_cos, manifest.rope_sin)
+    for layer in manifest.layers[stage.layers.start : stage.layers.stop]:
+        for segment in layer.segments:
+            yield from _of_segment(manifest, segment, share.heads if segment.axis == "heads" else share.columns)
+    yield from _of_segment(manifest, manifest.head, share.vocab)
+
+
+def _of_segment(manifest: Manifest, segment: Segment, groups: Range) -> Iterator[PieceRef]:
+    if groups.count == 0:
+        return
+    name = f"{segment.kind}/{groups.count}"
+    if name not in manifest.graphs:
+        raise InvalidDocument(
+            f"manifest {manifest.name} has no graph {name}, which the plan's share of {groups.count} uses"
+        )
+    yield manifest.graphs[name]
+    for slot in segment.slots:
+        yield from share_pieces(slot, groups)
+
+
+def _unique(pieces: Iterable[PieceRef]) -> tuple[PieceRef, ...]:
+    return tuple({piece.digest: piece for piece in pieces}.values())

@@ -1,0 +1,65 @@
+"""What the supervisor says on the control stream, built from reports and counters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+from ganglion.agent.supervisor_core import Key, Phase, Report
+from ganglion.agent.supervisor_worker import read_beat
+from ganglion.proto import fleet_pb2
+from ganglion.wire.address import join_address
+from ganglion.wire.nouns import DeviceProfile, to_json
+
+_PHASES: Final = {
+    Phase.FETCHING: fleet_pb2.ASSIGNMENT_PHASE_FETCHING,
+    Phase.LOADING: fleet_pb2.ASSIGNMENT_PHASE_LOADING,
+    Phase.LISTENING: fleet_pb2.ASSIGNMENT_PHASE_LISTENING,
+    Phase.CONNECTED: fleet_pb2.ASSIGNMENT_PHASE_CONNECTED,
+    Phase.FAILED: fleet_pb2.ASSIGNMENT_PHASE_FAILED,
+    Phase.RELEASED: fleet_pb2.ASSIGNMENT_PHASE_RELEASED,
+}
+
+
+def status_message(report: Report, host: str) -> fleet_pb2.AgentMessage:
+    """A report; the lane's port becomes an address on `host` (a wildcard means: where I am seen)."""
+    status = fleet_pb2.AssignmentStatus(
+        deployment=report.key.deployment,
+        epoch=report.key.epoch,
+        phase=_PHASES[report.phase],
+        done_bytes=report.done_bytes,
+        total_bytes=report.total_bytes,
+        lane_address=join_address(host, report.port) if report.port else "",
+    )
+    if report.error is not None:
+        status.error_code, status.error_message = report.error.code, report.error.message
+    return fleet_pb2.AgentMessage(status=status)
+
+
+def heartbeat_message(sequence: int, workers: Iterable[tuple[Key, Path]]) -> fleet_pb2.AgentMessage:
+    """A beat with the counters of every worker: its key and its counter file."""
+    beats = []
+    for key, path in workers:
+        steps, sessions, kv_bytes, longest_run_s = read_beat(path)
+        beats.append(
+            fleet_pb2.WorkerBeat(
+                deployment=key.deployment,
+                epoch=key.epoch,
+                steps=steps,
+                longest_run_s=longest_run_s,
+                sessions=sessions,
+                kv_bytes=kv_bytes,
+            )
+        )
+    return fleet_pb2.AgentMessage(heartbeat=fleet_pb2.Heartbeat(sequence=sequence, workers=beats))
+
+
+def advert_message(profile: DeviceProfile, piece_address: str) -> fleet_pb2.AgentMessage:
+    """What this device is, and where its pieces are."""
+    return fleet_pb2.AgentMessage(advert=fleet_pb2.Advert(profile=to_json(profile), addresses=[piece_address]))
+
+
+def held_message(digests: Iterable[str]) -> fleet_pb2.AgentMessage:
+    """The manifests whose pieces lie here whole."""
+    return fleet_pb2.AgentMessage(held=fleet_pb2.HeldModels(manifest_digests=digests))
