@@ -18,7 +18,7 @@ BEAT: Final = struct.Struct("<QQQd")
 
 
 class PeerEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """A peer as a worker needs it: serialized SignedRecord, host:port ("" when it cannot be dialled), a name for people."""
+    """A peer as a worker needs it: serialized SignedRecord, host:port ("" if it cannot be dialled), a name."""
 
     record: bytes
     address: str
@@ -92,8 +92,8 @@ def encode(message: Command | Event) -> bytes:
     return msgspec.json.encode(message) + b"\n"
 
 
-_COMMANDS = msgspec.json.Decoder(Command)
-_EVENTS = msgspec.json.Decoder(Event)
+_COMMANDS: msgspec.json.Decoder[Command] = msgspec.json.Decoder(Command)
+_EVENTS: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
 
 
 def decode_command(line: bytes) -> Command:

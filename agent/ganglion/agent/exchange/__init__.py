@@ -1,0 +1,1 @@
+"""Collectives: who sends which partial sum to whom (`plan`), and the driver that does it over lanes (`allreduce`)."""

@@ -1,0 +1,157 @@
+"""Puts a device's shard together in its run folder and opens a session of ONNX Runtime per segment."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import onnxruntime as ort
+
+from ganglion.agent.executor.graph_file import check_graph
+from ganglion.wire.errors import Corrupt, Internal, InvalidDocument
+from ganglion.wire.nouns import WEIGHTS_FILE, Manifest, NumericClass, Range, Segment, Share, Stage
+from ganglion.wire.shares import OpenPiece, weights_size, write_weights
+
+GRAPH_FILE: Final = "graph.onnx"
+_COLUMNS_INPUTS: Final = {"res", "delta"}
+_HEADS_INPUTS: Final = _COLUMNS_INPUTS | {"past_key", "past_value", "seqlens_k", "total", "cos", "sin"}
+_COLUMNS_OUTPUTS: Final = {"res_out", "partial"}
+_HEADS_OUTPUTS: Final = _COLUMNS_OUTPUTS | {"present_key", "present_value"}
+
+_pool_lock = threading.Lock()
+_pool_threads: int | None = None
+
+
+def start_runtime(threads: int) -> None:
+    """Give the process its one pool of `threads` intra-op threads; raises Internal when it has one of another size.
+
+    Pools of their own cost every session 13 ms a run; sessions that share an arena keep one set of scratch buffers.
+    """
+    global _pool_threads  # noqa: PLW0603 - ONNX Runtime's environment is one per process too
+    with _pool_lock:
+        if _pool_threads is None:
+            ort.set_default_logger_severity(3)
+            ort.set_global_thread_pool_sizes(threads, 1)
+            ort.create_and_register_allocator(
+                ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT), None
+            )
+            _pool_threads = threads
+        elif _pool_threads != threads:
+            raise Internal(f"this process computes with {_pool_threads} threads; {threads} need another process")
+
+
+def _options() -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.use_per_session_threads = False
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    # Graphs are built fused; an optimizer that fused differently for another share would change the numbers.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    return options
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedSegment:
+    """A segment of this device. `session` is None where its share is empty; `groups`: how many it has."""
+
+    axis: Literal["heads", "columns"]
+    groups: int
+    session: Any | None
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What a device runs: segments in order, and the head where it has a vocabulary range."""
+
+    segments: tuple[LoadedSegment, ...]
+    head: LoadedSegment | None
+    weights_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    name: str
+    segment: Segment
+    share: Range
+    size: int
+
+
+def _parts(manifest: Manifest, stage: Stage, share: Share) -> Iterator[_Part]:
+    if stage.layers.stop > len(manifest.layers):
+        raise InvalidDocument(f"plan: layers ..{stage.layers.stop}, the manifest has {len(manifest.layers)}")
+    for number in range(stage.layers.start, stage.layers.stop):
+        for index, segment in enumerate(manifest.layers[number].segments):
+            groups = share.heads if segment.axis == "heads" else share.columns
+            yield _part(f"{number}-{index}", segment, groups)
+    yield _part("head", manifest.head, share.vocab)
+
+
+def _part(name: str, segment: Segment, groups: Range) -> _Part:
+    if groups.stop > segment.groups:
+        raise InvalidDocument(f"plan: groups ..{groups.stop} of segment {name}, the manifest has {segment.groups}")
+    return _Part(name, segment, groups, weights_size(segment, groups) if groups.count else 0)
+
+
+def load_shard(
+    manifest: Manifest,
+    stage: Stage,
+    share: Share,
+    *,
+    open_piece: OpenPiece,
+    folder: Path,
+    progress: Callable[[int, int], None],
+) -> Shard:
+    """Write graphs and weights below `folder`, open every session; `progress(done_bytes, total_bytes)` as it goes.
+
+    Raises Corrupt (a graph or piece that is not what the manifest says), NotFound (a piece is missing), InvalidDocument
+    (a plan that does not go with the manifest).
+    """
+    parts = list(_parts(manifest, stage, share))
+    total, done = sum(part.size for part in parts), 0
+    loaded = []
+    for part in parts:
+        session = _load(manifest, part, open_piece, folder / part.name) if part.share.count else None
+        done += part.size
+        progress(done, total)
+        loaded.append(LoadedSegment(part.segment.axis, part.share.count, session))
+    head = loaded.pop()
+    return Shard(tuple(loaded), head if head.session is not None else None, total)
+
+
+def _load(manifest: Manifest, part: _Part, open_piece: OpenPiece, folder: Path) -> Any:
+    name = f"{part.segment.kind}/{part.share.count}"
+    piece = manifest.graphs.get(name)
+    if piece is None:
+        raise InvalidDocument(f"manifest {manifest.name}: no graph {name!r}, which the plan needs")
+    graph = open_piece(piece.digest)
+    check_graph(graph, part.size)
+    folder.mkdir(mode=0o700, parents=True)
+    (folder / GRAPH_FILE).write_bytes(graph)
+    with (folder / WEIGHTS_FILE).open("wb") as file:
+        write_weights(part.segment, part.share, open_piece, file)
+    try:
+        session = ort.InferenceSession(folder / GRAPH_FILE, _options(), providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise Corrupt(f"graph {name} of {manifest.name} does not load: {error}") from error
+    _check_ends(name, session, part, manifest.numeric_class)
+    return session
+
+
+def _check_ends(name: str, session: Any, part: _Part, numeric_class: NumericClass) -> None:
+    inputs, outputs = _COLUMNS_INPUTS, _COLUMNS_OUTPUTS
+    if part.segment.axis == "heads":
+        inputs, outputs = _HEADS_INPUTS, _HEADS_OUTPUTS
+    elif part.name == "head":
+        outputs = {"logits"}
+    types = {one.name: one.type for one in (*session.get_inputs(), *session.get_outputs())}
+    found = ({one.name for one in session.get_inputs()}, {one.name for one in session.get_outputs()})
+    if found != (inputs, outputs):
+        raise Corrupt(f"graph {name}: inputs {sorted(found[0])}, outputs {sorted(found[1])} are not the contract's")
+    wide = "tensor(double)" if numeric_class.exact else "tensor(float)"
+    for end in ("delta", "partial"):
+        if types.get(end, wide) != wide:
+            raise Corrupt(f"graph {name}: {end} is {types[end]}, {numeric_class.name} takes {wide}")

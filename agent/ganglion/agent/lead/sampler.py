@@ -1,0 +1,127 @@
+"""The one sampler: a token from the answers of the shares of the output matrix, the same for any split (D7).
+
+Filters in transformers' order: temperature, top-k, top-p, min-p. A threshold is fixed exactly from the candidates; when
+they do not reach far enough, `More` says how many are needed next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ganglion.agent.lead.candidates import Answer, VocabShare, log_sum_exp
+from ganglion.agent.lead.noise import noise
+from ganglion.agent.lead.sampling import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token id and its log-probability in the raw distribution."""
+
+    token: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The token; its log-probability and the likeliest tokens when the session asked for them."""
+
+    token: int
+    logprob: float | None
+    top: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class More:
+    """The candidates do not decide: ask every share for `candidates` of them."""
+
+    candidates: int
+
+
+def draw_token(
+    answers: Sequence[Answer], shares: Sequence[VocabShare], sampling: Sampling, position: int
+) -> Drawn | More:
+    """Draw the token at `position` from one answer per share; shares and answers in order of token ids."""
+    best = max(answers, key=lambda one: (one.best_score, -one.best_id))
+    token, logit = best.best_id, best.best_logit
+    if sampling.candidates == 0:
+        return Drawn(token, None, ())
+    merged = _Merged.of(answers, shares)
+    if sampling.filtered:
+        kept = _filter(merged, answers, sampling)
+        if isinstance(kept, More):
+            return kept
+        scores = merged.logits[:kept].astype(np.float64) / sampling.temperature
+        scores += noise(sampling.seed, position, merged.ids[:kept])
+        tied = np.flatnonzero(scores == scores.max())
+        chosen = int(tied[merged.ids[tied].argmin()])
+        token, logit = int(merged.ids[chosen]), float(merged.logits[chosen])
+    if sampling.top_logprobs < 0:
+        return Drawn(token, None, ())
+    total = log_sum_exp(np.concatenate([one.log_sum_exp for one in answers]))
+    likeliest = zip(merged.ids[: sampling.top_logprobs].tolist(), merged.logits.tolist(), strict=False)
+    return Drawn(token, logit - total, tuple(TokenLogprob(one, value - total) for one, value in likeliest))
+
+
+@dataclass(frozen=True, slots=True)
+class _Merged:
+    """Candidates of all shares by falling logit, ties by rising id, as far as nothing can be missing between them.
+
+    Invariant: every token of the vocabulary that ranks before the last one of `ids` is in `ids`.
+    """
+
+    ids: NDArray[np.uint32]
+    logits: NDArray[np.float32]
+    complete: bool
+    asked: int
+
+    @staticmethod
+    def of(answers: Sequence[Answer], shares: Sequence[VocabShare]) -> _Merged:
+        ids = np.concatenate([one.ids for one in answers])
+        logits = np.concatenate([one.logits for one in answers])
+        order = np.lexsort((ids, -logits))
+        ids, logits = ids[order], logits[order]
+        cut = [one for one, share in zip(answers, shares, strict=True) if one.ids.size < share.count]
+        if not cut:
+            return _Merged(ids, logits, True, ids.size)
+        edge = max(cut, key=lambda one: (float(one.logits[-1]), -int(one.ids[-1])))
+        known = int(np.flatnonzero(ids == edge.ids[-1])[0]) + 1
+        return _Merged(ids[:known], logits[:known], False, max(one.ids.size for one in cut))
+
+
+def _filter(merged: _Merged, answers: Sequence[Answer], sampling: Sampling) -> int | More:
+    """How many of the merged candidates pass the filters: they are always the first ones by rank."""
+    more = More(merged.asked * 4)
+    kept, known = merged.ids.size, merged.complete
+    if sampling.top_k > 0 and not (merged.complete and sampling.top_k >= kept):
+        if sampling.top_k > kept:
+            return More(max(more.candidates, sampling.top_k + 1))
+        # Ties with the k-th are kept, as in transformers; the last of them is known once a smaller logit is seen.
+        passed = int((merged.logits >= merged.logits[sampling.top_k - 1]).sum())
+        if passed == kept and not merged.complete:
+            return more
+        kept, known = passed, True
+    scaled = merged.logits[:kept].astype(np.float64) / sampling.temperature
+    if sampling.top_p < 1.0:
+        if sampling.top_k > 0:
+            total = log_sum_exp(scaled)
+        else:
+            by_group = [one.scaled_log_sum_exp if one.scaled_log_sum_exp.size else one.log_sum_exp for one in answers]
+            total = log_sum_exp(np.concatenate(by_group))
+        mass = np.cumsum(np.exp(scaled - total))
+        reached = int(np.searchsorted(mass, sampling.top_p))  # the first token at which the mass is enough
+        if reached < kept:
+            kept, known = reached + 1, True
+        elif not known:
+            return more
+    if sampling.min_p > 0.0:
+        floor = scaled[0] + math.log(sampling.min_p)
+        passed = max(1, int((scaled[:kept] >= floor).sum()))
+        if passed == kept and not known:
+            return more
+        kept, known = passed, True
+    return kept if known else more

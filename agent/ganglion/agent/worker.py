@@ -1,0 +1,349 @@
+"""A worker: one deployment's compute and lanes on this device. `python -m ganglion.agent.worker`, see agent.control.
+
+One event loop does everything in the token path, ONNX Runtime included: handing over between threads costs more than it
+gains. Loading runs beside it. The end of standard input ends the process at once, whatever it does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import re
+import shutil
+import sys
+import threading
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from ganglion.agent.control import (
+    Command,
+    Connect,
+    Connected,
+    Event,
+    Failed,
+    Listening,
+    Load,
+    Loading,
+    PeerEntry,
+    PeerLost,
+    decode_command,
+    encode,
+)
+from ganglion.agent.executor.embedding import EmbeddingTable
+from ganglion.agent.executor.executor import Executor
+from ganglion.agent.executor.loader import load_shard, start_runtime
+from ganglion.agent.lead.driver import Lead
+from ganglion.agent.store import PieceStore
+from ganglion.agent.worker_beat import Beat
+from ganglion.agent.worker_follow import Follower
+from ganglion.agent.worker_lanes import LaneBoard, verified
+from ganglion.agent.worker_stage import StageRunner, vocab_shares
+from ganglion.proto import lane_pb2
+from ganglion.wire import lane as wire_lane
+from ganglion.wire import rpc
+from ganglion.wire import session as wire_session
+from ganglion.wire.certificates import Role
+from ganglion.wire.errors import (
+    DeviceLost,
+    GanglionError,
+    Internal,
+    InvalidDocument,
+    PermissionDenied,
+    ProtocolViolation,
+    Unavailable,
+    from_body,
+    to_body,
+)
+from ganglion.wire.frames import Kind
+from ganglion.wire.home import Home
+from ganglion.wire.identity import Identity, VerifiedRecord
+from ganglion.wire.limits import MANIFEST_BYTES, NAME_PATTERN, PLAN_BYTES
+from ganglion.wire.nouns import Manifest, Plan, Share, Stage, digest, from_json
+
+log = logging.getLogger(__name__)
+
+_FAREWELL_S: Final = 0.5
+
+
+class Worker:
+    """A worker without its process: commands in, events out through `emit` (called on the event loop)."""
+
+    def __init__(self, emit: Callable[[Event], None]) -> None:
+        self._emit = emit
+        self._loaded: _Loaded | None = None
+        self._folder: Path | None = None
+        self._gateways: dict[str, VerifiedRecord] = {}
+        self._lead: Lead | None = None
+        self._serving: asyncio.Task[None] | None = None
+
+    async def handle(self, command: Command) -> None:
+        """Do what the supervisor says; raises what makes the worker useless."""
+        if isinstance(command, Load):
+            await self._load(command)
+        elif self._loaded is None:
+            raise ProtocolViolation("the first command must be load")
+        elif isinstance(command, Connect):
+            await self._connect(self._loaded, command)
+        else:
+            self._admit_gateways(self._loaded, command.gateways)
+
+    async def _load(self, command: Load) -> None:
+        if self._loaded is not None:
+            raise ProtocolViolation("this worker has loaded already")
+        if not re.fullmatch(NAME_PATTERN, command.deployment):
+            raise InvalidDocument(f"deployment {command.deployment[:64]!r} is no name ({NAME_PATTERN})")
+        home = Home(Path(command.home))
+        self._folder = home.run / f"{command.deployment}-{command.epoch}"
+        loop = asyncio.get_running_loop()
+
+        def progress(done_bytes: int, total_bytes: int) -> None:
+            loop.call_soon_threadsafe(self._emit, Loading(done_bytes=done_bytes, total_bytes=total_bytes))
+
+        loaded = await asyncio.to_thread(_Loaded, command, home, self._folder, progress)
+        bound = loaded.open_port(command.bind)
+        lanes = wire_lane.LaneServicer(loaded.identity, loaded.board.accept, loaded.board.deliver)
+        lanes.add_to(bound.server)
+        if loaded.rank == 0:
+            sessions = wire_session.SessionServicer(loaded.identity, self._accept_session, self._on_session)
+            sessions.add_to(bound.server)
+        await bound.start()
+        self._loaded = loaded
+        self._emit(Listening(port=bound.port))
+
+    async def _connect(self, loaded: _Loaded, command: Connect) -> None:
+        if self._serving is not None:
+            raise ProtocolViolation("this worker is connected already")
+        self._admit_gateways(loaded, command.gateways)
+        await loaded.board.connect(command.peers)
+        lanes = loaded.board.lanes
+        runner = StageRunner(loaded.manifest, loaded.plan, loaded.rank, loaded.executor, lanes)
+        if loaded.embedding is not None:
+            self._lead = Lead(
+                loaded.manifest,
+                loaded.plan,
+                runner,
+                embedding=loaded.embedding,
+                lanes=lanes,
+                names=loaded.board.names,
+                vocab=vocab_shares(loaded.manifest, loaded.plan),
+                beat=loaded.beat,
+            )
+            loop = asyncio.create_task(self._lead.run())
+        else:
+            loop = asyncio.create_task(Follower(runner, lanes[0], loaded.beat).run())
+        self._serving = asyncio.create_task(self._serve(loaded, loop))
+        self._emit(Connected())
+
+    # Sessions.
+
+    def _admit_gateways(self, loaded: _Loaded, entries: tuple[PeerEntry, ...]) -> None:
+        """Only records that the owner vouches for; another one is left out, and said in the log."""
+        admitted = {}
+        for entry in entries:
+            try:
+                record = verified(entry, loaded.identity.owner_public_key, Role.GATEWAY)
+            except GanglionError as error:
+                log.warning("gateway %s is not admitted: %s", entry.name, error.message)
+                continue
+            admitted[record.node_id] = record
+        self._gateways = admitted
+
+    def _accept_session(self, node_id: str, deployment: str, epoch: int) -> VerifiedRecord:
+        loaded = self._loaded
+        if loaded is None or self._lead is None:
+            raise Unavailable("the deployment is not connected yet; try again")
+        if (deployment, epoch) != (loaded.deployment, loaded.epoch):
+            raise wire_lane.stale_epoch(deployment, epoch, loaded.epoch)
+        record = self._gateways.get(node_id)
+        if record is None:
+            raise PermissionDenied(f"{node_id} is not a gateway of this deployment")
+        return record
+
+    def _on_session(self, request: lane_pb2.Open) -> AsyncGenerator[lane_pb2.SessionEvent, None]:
+        if self._lead is None:
+            raise Unavailable("the deployment is not connected yet; try again")
+        return self._lead.serve(request)
+
+    # The epoch, until it is over.
+
+    async def _serve(self, loaded: _Loaded, loop: asyncio.Task[None]) -> None:
+        watched = {asyncio.create_task(lane.wait_closed()): rank for rank, lane in loaded.board.lanes.items()}
+        try:
+            await asyncio.wait({loop, *watched}, return_when=asyncio.FIRST_COMPLETED)
+            error = loop.exception() if loop.done() else None
+            closed = [rank for rank, lane in loaded.board.lanes.items() if lane.closed]
+            await self._end(loaded, error, closed)
+            # The loop is left where it waits: cancelling a read would cut a lane whose peer is not to blame.
+            await asyncio.gather(loop, return_exceptions=True)
+        finally:
+            for task in (loop, *watched):
+                task.cancel()
+            await asyncio.gather(loop, *watched, return_exceptions=True)
+
+    async def _end(self, loaded: _Loaded, error: BaseException | None, closed: list[int]) -> None:
+        """Say whose fault it is to everyone who waits for it: sessions, peers, the supervisor."""
+        rank = closed[0] if closed else None
+        if isinstance(error, GanglionError) and error.param in loaded.plan.devices:
+            rank = loaded.plan.devices.index(error.param)  # a peer told us who was lost
+        elif rank is None and isinstance(error, ProtocolViolation) and loaded.rank != 0:
+            rank = 0  # a step that cannot be
+        if rank is None or rank == loaded.rank:
+            log.error("the worker cannot go on", exc_info=error)
+            failure = error if isinstance(error, GanglionError) else Internal(to_body(error or Internal("")).message)
+            await self._tell(loaded, failure)
+            self._emit(Failed(error=to_body(failure)))
+            return
+        node_id, name = loaded.plan.devices[rank], loaded.board.names[rank]
+        reason = error.message if isinstance(error, GanglionError) else "its lane ended"
+        log.warning("device %s (%s) lost: %s", name, node_id, reason)
+        lost = DeviceLost(f"device {name} of the deployment was lost: {reason}", param=node_id)
+        self._emit(PeerLost(node_id=node_id, reason=reason))
+        await self._tell(loaded, lost)
+
+    async def _tell(self, loaded: _Loaded, error: GanglionError) -> None:
+        """Fail the sessions, then say why on every lane left; those stay, so that nobody else looks lost."""
+        if self._lead is not None:
+            self._lead.end(error)
+        payload = msgspec.json.encode(to_body(error))
+        left = [lane for lane in loaded.board.lanes.values() if not lane.closed]
+        sends = [asyncio.create_task(lane.send_message(Kind.ERROR, 0, payload)) for lane in left]
+        if sends:
+            await asyncio.wait(sends, timeout=_FAREWELL_S)
+            for send in sends:
+                send.cancel()
+            await asyncio.gather(*sends, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Close lanes and port and remove the run folder; for whoever runs a worker inside another process."""
+        if self._serving is not None:
+            self._serving.cancel()
+            await asyncio.gather(self._serving, return_exceptions=True)
+        if self._loaded is not None:
+            if self._lead is not None:
+                self._lead.end(Unavailable("the deployment was released"))
+            await self._loaded.board.close()
+            await self._loaded.server.stop()
+            self._loaded.beat.close()
+        self.remove_files()
+
+    def remove_files(self) -> None:
+        """Remove the run folder: graphs and weights are put together anew for every epoch."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class _Loaded:
+    """What `load` leaves: the documents, the shard, an open port."""
+
+    def __init__(self, command: Load, home: Home, folder: Path, progress: Callable[[int, int], None]) -> None:
+        self.identity = Identity.load(home.identity)
+        self.deployment, self.epoch = command.deployment, command.epoch
+        self.plan = from_json(Plan, command.plan, limit_bytes=PLAN_BYTES)
+        self.manifest = from_json(Manifest, command.manifest, limit_bytes=MANIFEST_BYTES)
+        if digest(self.manifest) != self.plan.manifest_digest:
+            raise InvalidDocument("the plan is for another manifest")
+        if command.node_id != self.identity.node_id or command.node_id not in self.plan.devices:
+            raise InvalidDocument(f"the plan has no share for {self.identity.node_id}")
+        self.rank = self.plan.devices.index(command.node_id)
+        stage, share = _part_of(self.plan, command.node_id)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(mode=0o700)
+        store = PieceStore(home.store)
+        start_runtime(self.plan.threads.get(command.node_id, 1))
+        shard = load_shard(self.manifest, stage, share, open_piece=store.open, folder=folder, progress=progress)
+        self.executor = Executor(self.manifest, self.plan, shard, store.open)
+        self.embedding = EmbeddingTable(self.manifest, store.open) if self.rank == 0 else None
+        self.beat = Beat(Path(command.beat_path))
+        self.board = LaneBoard(self.identity, self.deployment, self.epoch, self.plan, self.rank)
+
+    def open_port(self, bind: str) -> rpc.BoundServer:
+        """A server for lanes and sessions on any free port; to be called on the event loop."""
+        allowed = {wire_lane.METHOD: frozenset({Role.AGENT}), wire_session.METHOD: frozenset({Role.GATEWAY})}
+        self.server = rpc.server(
+            self.identity, bind=bind, port=0, what="the worker's port", knob="--bind", allowed=allowed, kind="tensor"
+        )
+        return self.server
+
+
+def _part_of(plan: Plan, node_id: str) -> tuple[Stage, Share]:
+    return next((stage, share) for stage in plan.stages for share in stage.shares if share.device == node_id)
+
+
+# The process.
+
+
+class _Process:
+    """Standard input to commands, events to standard output."""
+
+    def __init__(self) -> None:
+        # Nothing that prints may disturb the events: standard output becomes standard error.
+        self._events = os.dup(1)
+        os.dup2(2, 1)
+        self._worker = Worker(self._emit)
+        self._commands: asyncio.Queue[Command | GanglionError | int] = asyncio.Queue()
+
+    def _emit(self, event: Event) -> None:
+        try:
+            os.write(self._events, encode(event))
+        except BrokenPipeError:
+            self._stop()
+        if isinstance(event, Failed):  # whoever says it, the process ends
+            self._commands.put_nowait(from_body(event.error).exit_code)
+
+    def _stop(self) -> None:
+        self._worker.remove_files()
+        os._exit(0)
+
+    def _read(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Runs in a thread, so that the end of the input is seen while the loop computes."""
+        for line in sys.stdin.buffer:
+            try:
+                command: Command | GanglionError = decode_command(line)
+            except msgspec.DecodeError as error:
+                command = InvalidDocument(f"a command that does not parse: {error}")
+            loop.call_soon_threadsafe(self._commands.put_nowait, command)
+        self._stop()
+
+    async def run(self) -> int:
+        """Until the input ends or the worker fails; returns the exit code."""
+        threading.Thread(target=self._read, args=(asyncio.get_running_loop(),), daemon=True).start()
+        try:
+            while True:
+                command = await self._commands.get()
+                if isinstance(command, int):
+                    return command
+                if isinstance(command, GanglionError):
+                    raise command
+                await self._worker.handle(command)
+                gc.collect()
+                gc.freeze()  # what is loaded stays: later collections need not look at it
+        except Exception as error:
+            if not isinstance(error, GanglionError):
+                log.error("the worker failed by a defect", exc_info=error)
+            self._emit(Failed(error=to_body(error)))
+            return error.exit_code if isinstance(error, GanglionError) else Internal.exit_code
+        finally:
+            self._worker.remove_files()
+
+
+def main() -> None:
+    """Run a worker on standard input and output."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    process = _Process()
+    try:
+        import uvloop
+    except ImportError:  # not on Windows
+        code = asyncio.run(process.run())
+    else:
+        code = uvloop.run(process.run())
+    logging.shutdown()
+    os._exit(code)  # a thread may still be loading
+
+
+if __name__ == "__main__":
+    main()

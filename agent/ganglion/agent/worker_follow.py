@@ -1,0 +1,92 @@
+"""What a worker that does not lead does: wait for a step, run it, answer draws."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError
+
+from ganglion.agent.lead.candidates import Draw, to_message
+from ganglion.agent.worker_beat import Beat, LongestRun
+from ganglion.agent.worker_stage import StageRunner
+from ganglion.proto import lane_pb2
+from ganglion.wire.errors import ProtocolViolation
+from ganglion.wire.frames import Kind
+from ganglion.wire.lane import Lane, Message
+
+
+class Follower:
+    """Follows the lead's steps over `lane`."""
+
+    def __init__(self, runner: StageRunner, lane: Lane, beat: Beat) -> None:
+        self._runner = runner
+        self._lane = lane
+        self._beat = beat
+        self._longest = LongestRun(runner.executor.weights_bytes)
+        self._step = 0
+        self._draws: list[Draw] = []
+
+    async def run(self) -> None:
+        """Follow until a lane ends; raises what lanes raise, and ProtocolViolation for a step that cannot be."""
+        while True:
+            message = await self._lane.receive_any((Kind.STEP, Kind.MORE))
+            if message.kind is Kind.STEP:
+                await self._run_step(message)
+            else:
+                await self._answer_more(message)
+
+    async def _run_step(self, message: Message) -> None:
+        step = _parse(lane_pb2.Step, message.payload)
+        if not step.step == message.step == self._step + 1:
+            raise ProtocolViolation(f"step {step.step} in a frame of step {message.step}, expected {self._step + 1}")
+        self._step = step.step
+        executor = self._runner.executor
+        for session in step.closed:
+            executor.close(session)
+        self._draws = [_draw(entry.draw) for entry in step.entries if entry.HasField("draw")]
+        rows = sum(entry.count for entry in step.entries)
+        if rows == 0:
+            self._beat.end(executor.sessions, executor.kv_bytes)
+            return
+        batch = executor.begin([(entry.session, entry.start, entry.count) for entry in step.entries])
+        self._beat.begin(self._longest.announce(rows), executor.sessions, executor.kv_bytes)
+        began = time.perf_counter()
+        await self._runner.forward(step.step, batch)
+        if self._runner.has_vocab and self._draws:
+            drawing = [
+                placed.first + placed.count - 1
+                for placed, entry in zip(batch.entries, step.entries, strict=True)
+                if entry.HasField("draw")
+            ]
+            answers = self._runner.answers(batch, drawing, self._draws)
+            reply = lane_pb2.CandidatesReply(entries=[to_message(one) for one in answers])
+            await self._lane.send_message(Kind.CANDIDATES, step.step, reply.SerializeToString())
+        self._longest.finished(rows, time.perf_counter() - began)
+        self._beat.end(executor.sessions, executor.kv_bytes)
+
+    async def _answer_more(self, message: Message) -> None:
+        more = _parse(lane_pb2.MoreCandidates, message.payload)
+        if message.step != self._step or more.entry >= len(self._draws):
+            raise ProtocolViolation(f"more candidates for draw {more.entry} of step {message.step} were asked for")
+        draw = self._draws[more.entry]
+        found = self._runner.again(more.entry, Draw(more.candidates, draw.temperature, draw.seed, draw.position))
+        reply = lane_pb2.CandidatesReply(entries=[to_message(found)])
+        await self._lane.send_message(Kind.CANDIDATES, message.step, reply.SerializeToString(), message.exchange)
+
+
+M = TypeVar("M", lane_pb2.Step, lane_pb2.MoreCandidates)
+
+
+def _parse(kind: type[M], payload: bytes) -> M:
+    try:
+        return kind.FromString(payload)
+    except DecodeError:
+        raise ProtocolViolation(f"a {kind.__name__} that does not parse") from None
+
+
+def _draw(message: lane_pb2.Draw) -> Draw:
+    if not math.isfinite(message.temperature) or message.temperature < 0.0:
+        raise ProtocolViolation(f"a draw at temperature {message.temperature}")
+    return Draw(message.candidates, message.temperature, message.seed, message.position)

@@ -1,0 +1,123 @@
+"""A device's part of a step, on the lead as on everyone else: segments, exchanges, handing on, candidates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ganglion.agent.exchange.allreduce import AllReduce
+from ganglion.agent.exchange.plan import contributors, plan_exchange, stage_ranks
+from ganglion.agent.executor.executor import Batch, Executor
+from ganglion.agent.lead.candidates import Answer, Draw, VocabShare, answer
+from ganglion.wire.errors import InvalidDocument, ProtocolViolation
+from ganglion.wire.frames import Dtype, Expectation, Kind
+from ganglion.wire.lane import Lane
+from ganglion.wire.nouns import Manifest, Plan
+
+
+def vocab_shares(manifest: Manifest, plan: Plan) -> dict[int, VocabShare]:
+    """The shares of the output matrix by rank, in order of token ids; padding rows are left out."""
+    geometry = manifest.geometry
+    stages = stage_ranks(plan)
+    pairs = zip(plan.stages[-1].shares, stages[-1], strict=True)
+    found = {}
+    for share, rank in sorted(pairs, key=lambda pair: pair[0].vocab.start):
+        first = share.vocab.start * geometry.vocab_group_rows
+        last = min(share.vocab.stop * geometry.vocab_group_rows, geometry.vocab)
+        if last > first:
+            found[rank] = VocabShare(first, last - first, geometry.vocab_group_rows)
+    return found
+
+
+@dataclass(slots=True)
+class Meter:
+    """Seconds since the worker began: computing, waiting for peers (sealing included)."""
+
+    compute_s: float = 0.0
+    exchange_s: float = 0.0
+
+
+class StageRunner:
+    """Runs batches through this device's stage. One step at a time; one task uses it."""
+
+    def __init__(
+        self, manifest: Manifest, plan: Plan, rank: int, executor: Executor, lanes: Mapping[int, Lane]
+    ) -> None:
+        ranks_by_stage = stage_ranks(plan)
+        number = next(index for index, ranks in enumerate(ranks_by_stage) if rank in ranks)
+        stage, ranks = plan.stages[number], ranks_by_stage[number]
+        self.executor = executor
+        self.rank = rank
+        self.meter = Meter()
+        self._hidden = manifest.geometry.hidden
+        self._vocab = vocab_shares(manifest, plan).get(rank)
+        self._logits: NDArray[np.float32] | None = None
+        self._source = None if rank == 0 else lanes[0] if number == 0 else lanes[ranks_by_stage[number - 1][0]]
+        following = ranks_by_stage[number + 1] if rank == ranks[0] and number + 1 < len(plan.stages) else ()
+        self._peers = tuple(lanes[other] for other in ranks[1:]) if rank == 0 else ()
+        self._following = tuple(lanes[other] for other in following)
+        by_axis = self._plan_exchanges(plan, number, lanes)
+        layers = manifest.layers[stage.layers.start : stage.layers.stop]
+        self._exchanges = tuple(by_axis[segment.axis] for layer in layers for segment in layer.segments)
+
+    def _plan_exchanges(self, plan: Plan, number: int, lanes: Mapping[int, Lane]) -> dict[str, AllReduce | None]:
+        stage, ranks = plan.stages[number], stage_ranks(plan)[number]
+        by_axis: dict[str, AllReduce | None] = {"heads": None, "columns": None}
+        if len(ranks) > 1:
+            for axis in by_axis:
+                giving = contributors(stage, ranks, axis)
+                if not giving:
+                    raise InvalidDocument(f"plan: stage {number}: no share has {axis}")
+                part = plan_exchange(ranks, giving, stage.topology, self.rank)
+                by_axis[axis] = AllReduce(part, self.rank, lanes)
+        return by_axis
+
+    async def forward(self, step: int, batch: Batch) -> None:
+        """Take the rows (the lead has filled them in), run every segment, hand them on; raises what lanes raise."""
+        executor, meter = self.executor, self.meter
+        before = time.perf_counter()
+        if self._source is not None:
+            expected = Expectation(Kind.HIDDEN, step, 0, Dtype.F32, batch.rows, self._hidden)
+            await self._source.receive(expected, into=executor.residual(batch))
+        for lane in self._peers:
+            await lane.send_tensor(Kind.HIDDEN, step, 0, executor.residual(batch))
+        now = time.perf_counter()
+        meter.exchange_s += now - before
+        for index, exchange in enumerate(self._exchanges):
+            partial = executor.run(batch, index)
+            before, now = now, time.perf_counter()
+            meter.compute_s += now - before
+            if exchange is not None:
+                await exchange.reduce(step, index, partial)
+                before, now = now, time.perf_counter()
+                meter.exchange_s += now - before
+        if self._following:
+            hidden = executor.hidden(batch)
+            for lane in self._following:
+                await lane.send_tensor(Kind.HIDDEN, step, 0, hidden)
+            meter.exchange_s += time.perf_counter() - now
+
+    @property
+    def has_vocab(self) -> bool:
+        """Whether this device answers draws."""
+        return self._vocab is not None
+
+    def answers(self, batch: Batch, rows: Sequence[int], draws: Sequence[Draw]) -> list[Answer]:
+        """This share's answer to each draw, from the given rows of the batch; the logits are kept for `again`."""
+        if self._vocab is None or not rows:
+            self._logits = None
+            return []
+        before = time.perf_counter()
+        self._logits = self.executor.logits(batch, rows)[:, : self._vocab.count]
+        self.meter.compute_s += time.perf_counter() - before
+        return [answer(row, self._vocab, draw) for row, draw in zip(self._logits, draws, strict=True)]
+
+    def again(self, entry: int, draw: Draw) -> Answer:
+        """Answer another draw about the last step's `entry`-th drawing row; raises ProtocolViolation without one."""
+        if self._vocab is None or self._logits is None or not 0 <= entry < len(self._logits):
+            raise ProtocolViolation(f"more candidates for draw {entry} were asked of a device that has none")
+        return answer(self._logits[entry], self._vocab, draw)

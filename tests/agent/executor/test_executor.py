@@ -1,0 +1,245 @@
+"""The executor against the dumb runner (bit for bit) and against transformers, alone, in shares and mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from checkpoints import make_llama, make_qwen3
+from reference_runner import Runner, cut_evenly
+from transformers import AutoModelForCausalLM
+
+from ganglion.agent.executor.embedding import EmbeddingTable
+from ganglion.agent.executor.executor import Executor
+from ganglion.agent.executor.loader import load_shard, start_runtime
+from ganglion.agent.store import PieceStore
+from ganglion.partitioner.cut import numeric_class, partition
+from ganglion.wire.errors import Corrupt, Exhausted, ProtocolViolation
+from ganglion.wire.nouns import Manifest, Plan, Range, Share, Stage, digest
+
+SHAPES: dict[str, Any] = {
+    "llama": (make_llama, {"num_key_value_heads": 4, "max_position_embeddings": 1100}),
+    "qwen3": (make_qwen3, {"dtype": "bfloat16", "max_position_embeddings": 96}),
+}
+IDS = [int(i) for i in np.random.default_rng(0).integers(0, 283, 60)]
+
+
+class Cut:
+    def __init__(self, folder: Path, shape: str, weights: str, fast: bool) -> None:
+        make, options = SHAPES[shape]
+        self.folder = folder
+        self.path = make(folder / "checkpoint", **options)
+        self.store = PieceStore(folder / "store")
+        kind = numeric_class(self.path, weights, fast=fast)
+        self.manifest: Manifest = partition(self.path, self.store, name=shape, numeric_class=kind)
+        self.embedding = EmbeddingTable(self.manifest, self.store.open)
+        self.opened = 0
+
+    def reference(self, weights: Sequence[float] = (1,)) -> Runner:
+        self.opened += 1
+        return Runner(
+            self.manifest,
+            SimpleNamespace(file=self.store.path_of),
+            self.folder / f"r{self.opened}",
+            cut_evenly(self.manifest, weights),
+        )
+
+    def executors(self, weights: Sequence[float] = (1,), *, sessions: int = 64, context: int = 0, chunk: int = 64):
+        start_runtime(1)
+        shares = tuple(
+            Share(device=letter * 26, heads=cut.heads, columns=cut.columns, vocab=cut.vocab)
+            for letter, cut in zip("abcd", cut_evenly(self.manifest, weights), strict=False)
+        )
+        stage = Stage(layers=Range(0, self.manifest.geometry.layers), shares=shares, topology="mesh")
+        plan = Plan(
+            manifest_digest=digest(self.manifest),
+            numeric_class=self.manifest.numeric_class,
+            context=context or self.manifest.geometry.context,
+            sessions=sessions,
+            chunk=chunk,
+            stages=(stage,),
+            threads={},
+        )
+        self.opened += 1
+        found = []
+        for rank, share in enumerate(shares):
+            shard = load_shard(
+                self.manifest,
+                stage,
+                share,
+                open_piece=self.store.open,
+                folder=self.folder / f"x{self.opened}-{rank}",
+                progress=lambda done, total: None,
+            )
+            found.append(Executor(self.manifest, plan, shard, self.store.open))
+        return Together(self, found)
+
+
+class Together:
+    """Executors of all shares, with sums made by hand."""
+
+    def __init__(self, cut: Cut, executors: list[Executor]) -> None:
+        self.cut = cut
+        self.executors = executors
+
+    def step(self, entries: Sequence[tuple[int, int, int]], ids: Sequence[int]) -> np.ndarray:
+        """Logits of every row [rows, vocab], in runs of as many rows as a step may draw from."""
+        batches = [one.begin(entries) for one in self.executors]
+        for one, batch in zip(self.executors, batches, strict=True):
+            self.cut.embedding.rows(ids, one.residual(batch))
+        for index in range(self.executors[0].segments):
+            partials = [one.run(batch, index) for one, batch in zip(self.executors, batches, strict=True)]
+            total = sum(partial.copy() for partial in partials)
+            for partial in partials:
+                partial[...] = total
+            parts = [
+                np.concatenate(
+                    [one.logits(batch, range(at, min(at + 2, batch.rows))) for at in range(0, batch.rows, 2)]
+                )
+                for one, batch in zip(self.executors, batches, strict=True)
+                if one._shard.head is not None
+            ]
+        return np.concatenate(parts, axis=1)[:, : self.cut.manifest.geometry.vocab]
+
+    def sequence(self, ids: Sequence[int], chunks: Sequence[int], session: int = 1) -> np.ndarray:
+        found, start = [], 0
+        for count in chunks:
+            found.append(self.step([(session, start, count)], ids[start : start + count]))
+            start += count
+        return np.concatenate(found)
+
+
+@pytest.fixture(scope="module")
+def cuts(tmp_path_factory: pytest.TempPathFactory):
+    made: dict[Any, Cut] = {}
+
+    def get(shape: str, weights: str = "fp32", fast: bool = False) -> Cut:
+        key = (shape, weights, fast)
+        if key not in made:
+            made[key] = Cut(tmp_path_factory.mktemp("-".join(map(str, key))), *key)
+        return made[key]
+
+    return get
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_are_transformers(cuts, shape):
+    cut = cuts(shape)
+    reference = AutoModelForCausalLM.from_pretrained(cut.path, dtype=torch.float32)
+    with torch.no_grad():
+        expected = reference(torch.tensor([IDS])).logits[0].numpy()
+    for weights in ([1], [3, 1], [1, 2, 1]):
+        found = cut.executors(weights).sequence(IDS, [13, 1, 1, 45])
+        assert np.abs(found - expected).max() / np.abs(expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int4"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_exact_classes_are_bit_equal_for_any_split_and_chunking(cuts, shape, weights):
+    cut = cuts(shape, weights)
+    expected, _ = cut.reference().forward(IDS)
+    for shares in ([1], [1, 1], [3, 1], [2, 1, 1], [1, 0, 1]):
+        together = cut.executors(shares)
+        for session, chunks in enumerate(([60], [1] * 60, [7, 1, 2, 50], [33, 27])):
+            assert np.array_equal(together.sequence(IDS, chunks, session), expected), (shares, chunks)
+
+
+def test_fast_classes_agree_closely(cuts):
+    cut = cuts("llama", "int4", True)
+    expected, _ = cut.reference().forward(IDS)
+    found = cut.executors([2, 1]).sequence(IDS, [20, 1, 39])
+    assert np.abs(found - expected).max() / np.abs(expected).max() < 0.2
+    assert (found.argmax(1) == expected.argmax(1)).mean() > 0.8
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int4"])
+def test_sessions_in_one_step_do_not_see_each_other(cuts, weights):
+    cut = cuts("llama", weights)
+    lines = {9: IDS[:20], 4: IDS[20:29], 6: IDS[29:60]}
+    alone = cut.executors([1])
+    expected = {one: alone.sequence(ids, [len(ids)], one) for one, ids in lines.items()}
+    together = cut.executors([2, 1])
+    held, found = dict.fromkeys(lines, 0), {one: [] for one in lines}
+    for counts in ({9: 1}, {9: 3, 4: 1}, {4: 4, 6: 10, 9: 1}, {6: 1, 4: 1, 9: 1}, {6: 20, 4: 3, 9: 14}):
+        entries = [(one, held[one], count) for one, count in counts.items()]
+        ids = [token for one, start, count in entries for token in lines[one][start : start + count]]
+        rows = together.step(entries, ids)
+        for one, _, count in entries:
+            found[one].append(rows[:count])
+            rows = rows[count:]
+            held[one] += count
+    for one, ids in lines.items():
+        assert held[one] == len(ids)
+        assert np.array_equal(np.concatenate(found[one]), expected[one])
+
+
+def test_capacity_grows_without_a_trace(cuts):
+    cut = cuts("llama")
+    ids = [int(i) for i in np.random.default_rng(1).integers(0, 283, 700)]
+    whole = cut.executors([1], chunk=700, sessions=700).sequence(ids, [700])
+    stepped = cut.executors([1], chunk=511, sessions=511)
+    found = stepped.sequence(ids, [510, *[1] * 5, 185])
+    assert np.array_equal(found, whole)
+    per_token = 2 * 4 * 4 * 16 * 2  # keys and values, float32, groups, head_dim, layers
+    assert stepped.executors[0].kv_bytes == 1024 * per_token
+    stepped.executors[0].close(1)
+    assert stepped.executors[0].kv_bytes == 0
+    assert stepped.executors[0].sessions == 0
+
+
+def test_the_last_position_that_is_ever_run_alone(cuts):
+    """A context of n tokens has its last row run at n - 2: the token at n - 1 is drawn, never run."""
+    cut = cuts("qwen3")
+    context = cut.manifest.geometry.context
+    ids = (IDS * 2)[: context - 1]
+    expected, _ = cut.reference().forward(ids)
+    together = cut.executors([1], chunk=context)
+    assert np.array_equal(together.sequence(ids, [context - 2, 1]), expected)
+    with pytest.raises(ProtocolViolation, match="context"):
+        together.step([(1, context - 1, 1)], [1])
+
+
+def test_steps_that_no_scheduler_makes_are_refused(cuts):
+    together = cuts("llama").executors([1], sessions=2, chunk=8, context=64)
+    together.step([(1, 0, 4)], IDS[:4])
+    for entries in ([], [(1, 0, 9)], [(1, 4, 1), (1, 5, 1)], [(2, 3, 1)], [(1, 5, 1)], [(1, 4, 0)], [(1, 60, 5)]):
+        with pytest.raises(ProtocolViolation):
+            together.executors[0].begin(entries)
+    together.step([(2, 0, 1)], IDS[:1])
+    with pytest.raises(Exhausted, match="2 sessions"):
+        together.executors[0].begin([(3, 0, 1)])
+
+
+def test_a_graph_that_is_not_the_contracts_is_corrupt(cuts, tmp_path):
+    cut = cuts("llama")
+    swapped = dict(cut.manifest.graphs)
+    kinds = [segment.kind for segment in cut.manifest.layers[0].segments]
+    name = next(one for one in swapped if one.startswith(f"{kinds[1]}/"))
+    count = name.partition("/")[2]
+    swapped[f"{kinds[0]}/{count}"] = swapped[name]
+    manifest = msgspec.structs.replace(cut.manifest, graphs=swapped)
+    segment = manifest.layers[0].segments[0]
+    share = Share(device="a" * 26, heads=Range(0, int(count)), columns=Range(0, 16), vocab=Range(0, 1))
+    stage = Stage(layers=Range(0, 1), shares=(share,), topology="mesh")
+    assert segment.axis == "heads"
+    with pytest.raises(Corrupt):
+        load_shard(manifest, stage, share, open_piece=cut.store.open, folder=tmp_path / "x", progress=lambda *_: None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_embedding_rows(tmp_path, dtype):
+    path = make_llama(tmp_path / "checkpoint", dtype=dtype)
+    store = PieceStore(tmp_path / "store")
+    manifest = partition(path, store, name="m", numeric_class=numeric_class(path, "fp32"))
+    table = EmbeddingTable(manifest, store.open)
+    ids = [0, 282, 17, 17, 200]
+    found = np.empty((7, 64), np.float32)
+    table.rows(ids, found)
+    weights = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).get_input_embeddings().weight
+    assert np.array_equal(found[:5], weights.detach()[ids].float().numpy())
