@@ -6,11 +6,14 @@ It is what `bench/spine.py` compares the whole stack with: same graphs, same wei
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when it is loaded
 
 import numpy as np
 import onnxruntime as ort

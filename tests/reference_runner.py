@@ -55,14 +55,12 @@ class Runner:
         shares: Sequence[Cut],
         *,
         threads: int = 1,
-        spare: int = 2,
         spoil: Callable[[int, int, Any], Any] | None = None,
     ) -> None:
         self.manifest, self.pieces, self.shares, self.folder = manifest, pieces, list(shares), folder
         self.exact = manifest.numeric_class.exact
         self.spoil = spoil  # mutants: (segment number, rank, partial) -> partial
         self.threads = threads
-        self.spare = spare  # positions of the caches beyond the text: exact graphs use one where there is one
         self.sessions: dict[tuple[int, int, int], ort.InferenceSession] = {}
         for rank, share in enumerate(self.shares):
             for layer, entry in enumerate(manifest.layers):
@@ -77,7 +75,7 @@ class Runner:
     def forward(self, ids: Sequence[int], chunks: Sequence[int] | None = None) -> tuple[Floats, Floats]:
         """Run `ids` from position 0 in chunks of the given sizes: (logits [T, vocab], hidden [T, hidden])."""
         g = self.manifest.geometry
-        capacity = len(ids) + self.spare
+        capacity = len(ids) + 1  # exact graphs pad an odd number of rows
         for rank, share in enumerate(self.shares):
             for layer in range(g.layers):
                 shape = (1, share.heads.count, capacity, g.head_dim)

@@ -79,19 +79,6 @@ def test_two_threads_give_the_bits_of_one(weight_format, models, text, tmp_path)
     assert run.stdout.strip() == hashlib.sha256(hidden.tobytes() + logits.tobytes()).hexdigest()
 
 
-def test_the_last_position_of_the_context(models, text, tmp_path):
-    """An odd number of rows that ends with the buffers: there is no room for a padding row, and none is needed."""
-    cut = models.cut("llama-kv2", "fp32")
-    ids = text(cut.manifest, cut.manifest.geometry.context)
-    runner = Runner(cut.manifest, cut.pieces, tmp_path, cut_evenly(cut.manifest, (1,)), spare=0)
-    whole = runner.forward(ids)[1]
-    assert np.array_equal(runner.forward(ids, [100, 153, 3])[1], whole)
-    # A single row there gets the bits of one-row attention, near and not equal.
-    alone = runner.forward(ids, [len(ids) - 1, 1])[1]
-    assert np.array_equal(alone[:-1], whole[:-1])
-    assert np.abs(alone - whole).max() < 1e-4 * np.abs(whole).max()
-
-
 def test_exact_classes_end_where_attention_is_no_longer_exact(models, tmp_path):
     path = make_llama(tmp_path / "wide", head_dim=144)
     with pytest.raises(Unsupported, match="head dimension 144, exact classes go up to 128; use a fast class"):

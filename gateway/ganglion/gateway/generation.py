@@ -37,6 +37,7 @@ class Leads(Protocol):
         self, deployment: str, epoch: int, peer: identity_pb2.Peer, request: lane_pb2.Open
     ) -> AsyncGenerator[lane_pb2.SessionEvent, None]:
         """The events of one session, in order; raises errors of the tree."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -140,19 +140,13 @@ class _Builder:
     def _even(self, projected: str) -> tuple[str, str, str, str]:
         """Pad an odd number of rows with a zero row: (padded rows, its total and seqlens_k, the number before).
 
-        The row's key and value go one position beyond the others, where the session's next row overwrites them. Where
-        that position is beyond the buffers, at the very end of the context, nothing is padded.
+        The row's key and value go one position beyond the others, where the session's next row overwrites them.
         """
         rows = self._node("Shape", [projected], start=0, end=1)[0]
-        total = self._node("Cast", ["total"], to=TensorProto.INT64)[0]
-        capacity = self._node("Shape", ["past_key"], start=2, end=3)[0]
-        positions = self._node("Shape", ["cos"], start=0, end=1)[0]
         odd = self._node("Mod", [rows, self._shape([2])])[0]
-        room = self._node("Sub", [self._node("Min", [capacity, positions])[0], total])[0]
-        missing = self._node("Min", [odd, room])[0]
-        pads = self._node("Concat", [self._shape([0, 0]), missing, self._shape([0])], axis=0)[0]
+        pads = self._node("Concat", [self._shape([0, 0]), odd, self._shape([0])], axis=0)[0]
         padded = self._node("Pad", [projected, pads])[0]
-        added = self._node("Cast", [missing], to=TensorProto.INT32)[0]
+        added = self._node("Cast", [odd], to=TensorProto.INT32)[0]
         return padded, self._node("Add", ["total", added])[0], self._node("Add", ["seqlens_k", added])[0], rows
 
     def _head_norm(self, rows: str, slot: str, heads: int) -> str:

@@ -112,6 +112,8 @@ class Manifest(Document, frozen=True, kw_only=True):
                present_key, present_value (bound to the same buffers as past)
       columns: res, delta -> res_out, partial
       head (kind "head", axis "columns"): res, delta -> logits f32[S, count * vocab_group_rows] (final norm inside)
+    Exact attention pads an odd S with a row of its own at position total: the buffers and cos, sin hold that position
+    too (there is one: the last token of a full context is drawn and never run).
     The first segment gets delta = 0. The residual is replicated: every device of a stage holds all of it.
     """
 
