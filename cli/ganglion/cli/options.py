@@ -1,0 +1,119 @@
+"""Options that several commands share, with one help text each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+HomeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--home",
+        envvar="GANGLION_HOME",
+        help="Folder with everything Ganglion keeps. Default: $XDG_DATA_HOME/ganglion, else ~/.local/share/ganglion.",
+        show_default=False,
+        show_envvar=False,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Stable JSON on standard output instead of a table.")]
+BindOption = Annotated[
+    str | None,
+    typer.Option(
+        "--bind", help="Address that devices' ports listen on. Default: 0.0.0.0, every interface.", show_default=False
+    ),
+]
+HostOption = Annotated[
+    str | None,
+    typer.Option(
+        "--host", help="Address of the API. Default: 127.0.0.1; any other needs an API key.", show_default=False
+    ),
+]
+PortOption = Annotated[
+    int | None, typer.Option("--port", help="Port of the API. Default: 7460; 0: any free one.", show_default=False)
+]
+EnrolmentPortOption = Annotated[
+    int | None,
+    typer.Option(
+        "--enrolment-port", help="Port where devices enrol. Default: 7461; 0: any free one.", show_default=False
+    ),
+]
+FleetPortOption = Annotated[
+    int | None,
+    typer.Option("--fleet-port", help="Port of the coordinator. Default: 7462; 0: any free one.", show_default=False),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option("--threads", help="Threads that compute here. Default: every physical core.", show_default=False),
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        help="Memory for deployments here, for example 4GiB. Default: decided by the agent.",
+        show_default=False,
+    ),
+]
+StoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--store", help="Disk for models' pieces here, for example 50GiB. Default: no limit.", show_default=False
+    ),
+]
+PiecePortOption = Annotated[
+    int | None,
+    typer.Option("--piece-port", help="Port that serves pieces. Default: any free one.", show_default=False),
+]
+ReadyFileOption = Annotated[
+    Path | None,
+    typer.Option("--ready-file", help="Write a JSON with pid and addresses here once ready.", show_default=False),
+]
+ModelArgument = Annotated[
+    str, typer.Argument(help="`demo`, a folder with a Hugging Face checkpoint, or a deployed model's name.")
+]
+FormatOption = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        help="Weights: fp32 or int4. Default: as deployed, else fp32 up to 256 MiB, int4 above.",
+        show_default=False,
+    ),
+]
+FastOption = Annotated[bool, typer.Option("--fast", help="A fast numeric class: quicker, not bit-equal between plans.")]
+ModeOption = Annotated[str, typer.Option("--mode", help="auto, single, tensor or pipeline.")]
+DevicesOption = Annotated[
+    str, typer.Option("--devices", help="Names of the devices to use, with commas. Default: any.", show_default=False)
+]
+SharesOption = Annotated[
+    str,
+    typer.Option(
+        "--shares", help="Relative shares, one a device of --devices, with commas, as in 2,1,1.", show_default=False
+    ),
+]
+TopologyOption = Annotated[str, typer.Option("--topology", help="How partial sums are exchanged: auto, mesh or star.")]
+ContextOption = Annotated[
+    int,
+    typer.Option(
+        "--context",
+        help="Tokens that a session may hold. Default: the model's own, at most what fits.",
+        show_default=False,
+    ),
+]
+SessionsOption = Annotated[
+    int, typer.Option("--sessions", help="Sessions at the same time. Default: at most 4.", show_default=False)
+]
+PrivateOption = Annotated[bool, typer.Option("--private", help="Use only devices with the label owner.")]
+NameOption = Annotated[
+    str | None, typer.Option("--name", help="Name of the model in the API. Default: the folder's.", show_default=False)
+]
+ApiOption = Annotated[
+    str | None,
+    typer.Option(
+        "--api",
+        envvar="GANGLION_API",
+        help="Address of the API. Default: of the running `ganglion up`.",
+        show_default=False,
+        show_envvar=False,
+    ),
+]

@@ -1,0 +1,92 @@
+"""`plan`: every way to run a model here, with what each would cost and why it was or was not chosen."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from ganglion.cli import output
+from ganglion.cli.fleet import root_of
+from ganglion.cli.options import (
+    ContextOption,
+    DevicesOption,
+    FastOption,
+    FormatOption,
+    HomeOption,
+    JsonOption,
+    ModelArgument,
+    ModeOption,
+    NameOption,
+    PrivateOption,
+    SessionsOption,
+    SharesOption,
+    TopologyOption,
+)
+from ganglion.cli.runner import command
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands of this file."""
+    command(app, "plan")(plan)
+
+
+async def plan(
+    model: ModelArgument,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show every candidate, also those that were not chosen.")
+    ] = False,
+    name: NameOption = None,
+    weights: FormatOption = None,
+    fast: FastOption = False,
+    mode: ModeOption = "auto",
+    devices: DevicesOption = "",
+    shares: SharesOption = "",
+    topology: TopologyOption = "auto",
+    context: ContextOption = 0,
+    sessions: SessionsOption = 0,
+    private: PrivateOption = False,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show how a model would be run, without running it. Exit code 6 when no set of devices can hold it."""
+    from ganglion.cli import views
+    from ganglion.cli.admin import admin
+    from ganglion.cli.deploying import Wish, checkpoint_of, cut, local_agent, request_of, unknown_model
+    from ganglion.proto import admin_pb2
+    from ganglion.wire.errors import DoesNotFit
+    from ganglion.wire.limits import REPORT_BYTES
+    from ganglion.wire.nouns import PlanReport, from_json, to_json
+
+    wish = Wish.of(
+        weights=weights, fast=fast, mode=mode, devices=devices, shares=shares, topology=topology,
+        context=context, sessions=sessions, private=private,
+    )  # fmt: skip
+    root = root_of(home)
+    async with admin(root) as line:
+        found = checkpoint_of(model, name)
+        if found is not None:
+            agent = local_agent(root)
+            manifest = cut(root, agent, found[0], name=found[1], wish=wish)
+            request = request_of(manifest, wish.options, agent)
+        else:
+            deployed = [each for each in (await line.fleet()).deployments if model in (each.model, each.deployment)]
+            if not deployed:
+                raise await unknown_model(line, model)
+            request = admin_pb2.DeployRequest(manifest=deployed[0].manifest, options=to_json(wish.options))
+        report = from_json(PlanReport, (await line.explain(request)).report, limit_bytes=REPORT_BYTES)
+    document = json.loads(to_json(report))
+    if as_json:
+        output.answer_json(document)
+    else:
+        rows = [row for row in document["candidates"] if explain or row["chosen"]]
+        output.answer(f"{report.model}, {report.numeric_class}")
+        output.answer_table(
+            views.CANDIDATE_COLUMNS, [views.candidate_cells(row) for row in rows], empty="no plan is feasible"
+        )
+        for note in report.notes:
+            output.answer(note)
+    if report.plan is None:
+        reasons = "; ".join(each.reason for each in report.candidates) or "there is no device"
+        raise DoesNotFit(f"no set of devices can hold {report.model}: {reasons}")
