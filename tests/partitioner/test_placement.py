@@ -125,13 +125,14 @@ def device(
     threads: int = 4,
     label: str = "owner",
     machine: int | None = None,
+    family: str = "k",
 ) -> Device:
     rate = FormatRate(decode_bytes_per_s=gb_per_s * 1e9, prefill_flop_per_s=1e11)
     profile = DeviceProfile(
         host_id=host or f"host{number}",
         hostname="h",
         system="Linux",
-        kernel_family="k",
+        kernel_family=family,
         cores=cores,
         threads=threads,
         memory_bytes=machine if machine is not None else 2 * memory,
@@ -516,3 +517,11 @@ def test_more_than_six_devices_grow_by_speed():
     report = place(manifest(scale=400), devices, all_links(devices, 1e-4), PlanOptions())
     assert report.plan is not None
     assert {len(c.devices) for c in report.candidates if c.mode == "tensor"} == set(range(2, 10))
+
+
+def test_a_plan_over_two_kernel_families_says_that_near_ties_may_differ():
+    same = [device(0), device(1)]
+    mixed = [device(0), device(1, family="other")]
+    for devices, said in ((same, False), (mixed, True)):
+        report = place(manifest(), devices, all_links(devices, 1e-5), PlanOptions(mode="tensor"))
+        assert any("kernel families" in note for note in report.notes) is said

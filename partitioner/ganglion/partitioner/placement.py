@@ -229,7 +229,7 @@ def _reason(outcome: Outcome, best: Outcome | None) -> str:
 
 
 def _notes(best: Outcome, labels: Mapping[str, TrustLabel]) -> tuple[str, ...]:
-    """What the chosen plan does not protect (D11)."""
+    """What the chosen plan does not protect (D11), and where its numbers are not those of one device."""
     names = [device.name for device in best.devices]
     notes = []
     if len(names) > 1:
@@ -241,4 +241,10 @@ def _notes(best: Outcome, labels: Mapping[str, TrustLabel]) -> tuple[str, ...]:
     if others:
         listed = ", ".join(f"{name} ({labels[name]})" for name in others)
         notes.append(f"not labelled owner: {listed}; --private keeps the plan to owner devices")
+    families = {device.profile.kernel_family for device in best.devices}
+    if len(families) > 1:
+        notes.append(
+            f"{', '.join(names)} are {len(families)} kernel families ({'; '.join(sorted(families))}): where two tokens"
+            " are nearly as likely, the answer may differ from that of a single device"
+        )
     return tuple(notes)

@@ -18,6 +18,7 @@ _FLAGS: Final = (
     *("avx", "avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16"),
     *("asimd", "asimddp", "i8mm", "sve"),
 )
+_SC_LEVEL2_CACHE_SIZE: Final = 191  # of glibc; Python's os.sysconf_names lacks it
 _CGROUP: Final = Path("/sys/fs/cgroup")
 
 
@@ -103,6 +104,18 @@ def instruction_set() -> str:
     return " ".join((platform.machine(), *(flag for flag in _FLAGS if flag in have)))
 
 
+def level2_cache_kib() -> int:
+    """Size of a core's second-level cache in KiB; 0 where the system does not say."""
+    try:
+        return max(0, os.sysconf(_SC_LEVEL2_CACHE_SIZE)) >> 10
+    except (OSError, ValueError):
+        return 0
+
+
 def kernel_family() -> str:
-    """ONNX Runtime's version, provider and instruction set: devices that share it compute equal bits."""
-    return f"onnxruntime {importlib.metadata.version('onnxruntime')} cpu {instruction_set()}"[:128]
+    """ONNX Runtime's version, provider, cache and instruction set: devices that share it compute equal bits.
+
+    The second-level cache sets the blocks of keys that attention adds up, and so the last bits of long contexts.
+    """
+    version = importlib.metadata.version("onnxruntime")
+    return f"onnxruntime {version} cpu L2 {level2_cache_kib()}K {instruction_set()}"[:128]
