@@ -1,0 +1,363 @@
+"""Train the demo model and its drafter on the standard library's own source.
+
+    python models/train.py --model demo --minutes 78
+    python models/train.py --model demo-drafter --minutes 13 --teacher models/ganglion/models/demo
+
+The learning rate follows the wall clock (warm-up, constant, linear to zero), so a run always ends
+fully decayed however much of the machine it gets. A run that was killed goes on with `--resume`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from corpus import (
+    END_OF_TEXT,
+    END_OF_TURN,
+    Document,
+    chat_documents,
+    load_corpus,
+    shuffled,
+    token_id,
+    tokenizer_config,
+    train_tokenizer,
+)
+from llama import SHAPES, Llama, Shape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors.torch import load_file, save
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import functional as F
+
+HERE = Path(__file__).resolve().parent
+TOKENS_PER_STEP = 4096
+CHAT_SHARE = 0.04
+MUON_LR = 0.03
+ADAMW_LR = 3e-3
+WARMUP = 0.01
+DECAY_FROM = 0.45
+# (share of the time at which the phase ends, sequence length)
+PHASES = ((0.50, 256), (0.80, 512), (1.00, 1024))
+LOG_EVERY_S = 20.0
+SAVE_EVERY_S = 240.0
+VALIDATE_EVERY_S = 300.0
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Progressed:
+    """How far a run has come; saved with its state."""
+
+    steps: int = 0
+    tokens: int = 0
+    elapsed_s: float = 0.0
+
+
+def sequence_length(progress: float) -> int:
+    """The sequence length at this share (0 to 1) of the time."""
+    return next((length for end, length in PHASES if progress < end), PHASES[-1][1])
+
+
+def learning_rate_factor(progress: float) -> float:
+    """Warm-up, constant, then linear to zero; `progress` is the share (0 to 1) of the time."""
+    if progress < WARMUP:
+        return max(progress / WARMUP, 0.01)
+    return min(1.0, max(0.0, (1.0 - progress) / (1.0 - DECAY_FROM)))
+
+
+def pack(texts: list[str], tokenizer: Tokenizer) -> Tensor:
+    """One stream of token ids, each text led by the separator; attention crosses separators."""
+    separator = token_id(tokenizer, END_OF_TEXT)
+    ids: list[int] = []
+    for encoding in tokenizer.encode_batch(texts):
+        ids.append(separator)
+        ids.extend(encoding.ids)
+    ids.append(separator)
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def batches(stream: Tensor, length: int, rows: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Rows of `length + 1` ids, without end; every epoch shifts the cuts and draws a new order."""
+    while True:
+        offset = int(torch.randint(length, (1,), generator=generator))
+        count = (len(stream) - 1 - offset) // length
+        for chosen in torch.split(torch.randperm(count, generator=generator), rows):
+            if len(chosen) == rows:
+                yield stream[offset + chosen[:, None] * length + torch.arange(length + 1)]
+
+
+def optimizers(model: Llama) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for the embedding and the norms."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    rest = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    return [
+        torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.02, momentum=0.95),
+        torch.optim.AdamW(rest, lr=ADAMW_LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+
+
+def distillation(model: Llama, teacher: Llama) -> Loss:
+    """Half cross entropy on the text, half divergence from the teacher's distribution."""
+
+    def loss(tokens: Tensor, targets: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = F.log_softmax(teacher(tokens).float(), dim=-1)
+        log_probs = F.log_softmax(model(tokens).float(), dim=-1)
+        divergence = (wanted.exp() * (wanted - log_probs)).sum(-1).mean()
+        return 0.5 * F.nll_loss(log_probs.flatten(0, 1), targets.flatten()) + 0.5 * divergence
+
+    return loss
+
+
+@torch.no_grad()
+def validation_loss(model: Llama, stream: Tensor, loss: Loss, limit: int | None = None) -> float:
+    """Mean nats per token over rows of the full context, at most `limit` tokens of them."""
+    length, rows = PHASES[-1][1], TOKENS_PER_STEP // PHASES[-1][1]
+    count = (len(stream) - 1) // length // rows * rows
+    index = torch.arange(count)[:, None] * length + torch.arange(length + 1)
+    chunks = torch.split(stream[index], rows)
+    if limit is not None:
+        chunks = chunks[: max(1, limit // TOKENS_PER_STEP)]
+    device = next(model.parameters()).device
+    losses = [float(loss(chunk[:, :-1].to(device), chunk[:, 1:].to(device))) for chunk in chunks]
+    return sum(losses) / len(losses)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` in one step: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_bytes(data)
+    partial.replace(path)
+
+
+def model_config(shape: Shape, end_of_text: int) -> dict[str, Any]:
+    """`config.json` for transformers."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "pad_token_id": end_of_text,
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": shape.hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": shape.intermediate,
+        "max_position_embeddings": shape.context,
+        "mlp_bias": False,
+        "num_attention_heads": shape.heads,
+        "num_hidden_layers": shape.layers,
+        "num_key_value_heads": shape.kv_heads,
+        "rms_norm_eps": shape.norm_eps,
+        "rope_scaling": None,
+        "rope_theta": shape.rope_theta,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": shape.vocab,
+    }
+
+
+def export(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a Hugging Face checkpoint; the weights last, each file in one step."""
+    end_of_text = token_id(tokenizer, END_OF_TEXT)
+    generation = {
+        "bos_token_id": end_of_text,
+        "eos_token_id": [end_of_text, token_id(tokenizer, END_OF_TURN)],
+        "pad_token_id": end_of_text,
+        "do_sample": False,
+    }
+    special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
+    texts = {
+        "config.json": json.dumps(model_config(model.shape, end_of_text), indent=2) + "\n",
+        "generation_config.json": json.dumps(generation, indent=2) + "\n",
+        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
+        "tokenizer_config.json": tokenizer_config(),
+        "tokenizer.json": tokenizer.to_str(),
+    }
+    for name, text in texts.items():
+        write_atomically(folder / name, text.encode())
+    weights = {name: weight.to("cpu", torch.bfloat16).contiguous() for name, weight in model.state_dict().items()}
+    write_atomically(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
+
+
+def load_checkpoint(folder: Path, device: torch.device) -> Llama:
+    """The model exported to `folder`, for inference; its name is the folder's."""
+    model = Llama(SHAPES[folder.name])
+    model.load_state_dict({name: weight.float() for name, weight in load_file(folder / "model.safetensors").items()})
+    return model.to(device).requires_grad_(False)
+
+
+class Run:
+    """One training run: model, optimizers, clock, log and saved state."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.device = torch.device(arguments.device)
+        self.budget_s: float = arguments.minutes * 60.0
+        self.seed: int = arguments.seed
+        self.folder: Path = arguments.out / arguments.model
+        self.work: Path = arguments.work / arguments.model
+        self.work.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(self.seed)
+        corpus = load_corpus()
+        self.tokenizer = self._tokenizer(arguments.work, corpus.train)
+        chat = chat_documents(corpus.train, CHAT_SHARE, self.seed)
+        train = shuffled([document.text for document in corpus.train] + chat)
+        self.stream = pack(train, self.tokenizer)
+        self.validation = pack([document.text for document in corpus.validation], self.tokenizer)
+        self.model = Llama(SHAPES[arguments.model]).to(self.device)
+        self.optimizers = optimizers(self.model)
+        self.done = Progressed()
+        if arguments.resume:
+            self._resume()
+        compiled = (lambda f: torch.compile(f, dynamic=False)) if arguments.compile else (lambda f: f)
+        self.plain_loss: Loss = compiled(self.model.loss)
+        self.distil_loss: Loss | None = None
+        if arguments.teacher is not None:
+            self.distil_loss = compiled(distillation(self.model, load_checkpoint(arguments.teacher, self.device)))
+
+    @staticmethod
+    def _tokenizer(work: Path, documents: tuple[Document, ...]) -> Tokenizer:
+        """Trained once, then shared by both models."""
+        path = work / "tokenizer.json"
+        if not path.exists():
+            write_atomically(path, train_tokenizer(documents).to_str().encode())
+        return Tokenizer.from_file(str(path))
+
+    def _resume(self) -> None:
+        state = torch.load(self.work / "state.pt", map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.done = Progressed(**state["done"])
+
+    def save(self) -> None:
+        """Save what `--resume` needs, and export the checkpoint as it stands."""
+        partial = self.work / "state.pt.partial"
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "done": asdict(self.done),
+        }
+        torch.save(state, partial)
+        partial.replace(self.work / "state.pt")
+        export(self.model, self.tokenizer, self.folder)
+
+    def log(self, **figures: float | int | str) -> None:
+        """Append one JSON line to the run's log."""
+        record = {"steps": self.done.steps, "tokens": self.done.tokens, "elapsed_s": round(self.done.elapsed_s, 1)}
+        with (self.work / "log.jsonl").open("a") as file:
+            file.write(json.dumps(record | figures) + "\n")
+
+    def loss_at(self, progress: float) -> Loss:
+        """Cross entropy; with a teacher, distillation in the second half."""
+        return self.distil_loss if self.distil_loss is not None and progress >= PHASES[0][0] else self.plain_loss
+
+    def step(self, batch: Tensor, loss_function: Loss, factor: float) -> Tensor:
+        """One optimizer step on [rows, length + 1] ids at `factor` of the peak rate; the loss."""
+        batch = batch.to(self.device)
+        loss = loss_function(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
+        loss.backward()  # type: ignore[no-untyped-call]
+        for optimizer, peak in zip(self.optimizers, (MUON_LR, ADAMW_LR), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * factor
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.detach()
+
+    def warm_up_compiler(self) -> None:
+        """Compile every phase before the clock starts, without touching the weights."""
+        start = 0.0
+        for end, length in PHASES:
+            rows = TOKENS_PER_STEP // length
+            tokens = torch.zeros(rows, length, dtype=torch.int64, device=self.device)
+            self.loss_at(start)(tokens, tokens).backward()  # type: ignore[no-untyped-call]
+            self.model.zero_grad()
+            start = end
+
+    def train(self, progress_bar: Progress) -> None:
+        """Train until the time is spent; state and checkpoint are saved on the way and at the end."""
+        self.warm_up_compiler()
+        task = progress_bar.add_task("train", total=self.budget_s, loss=float("nan"), speed=0.0)
+        generator = torch.Generator().manual_seed(self.seed + self.done.tokens)
+        length = 0
+        source: Iterator[Tensor] = iter(())
+        began = time.monotonic() - self.done.elapsed_s
+        logged_s = saved_s = validated_s = self.done.elapsed_s
+        saved_s -= SAVE_EVERY_S / 2
+        tokens_logged, recent = self.done.tokens, torch.zeros((), device=self.device)
+        steps_logged = self.done.steps
+        while (progress := (time.monotonic() - began) / self.budget_s) < 1.0:
+            if length != sequence_length(progress):
+                length = sequence_length(progress)
+                source = batches(self.stream, length, TOKENS_PER_STEP // length, generator)
+            recent += self.step(next(source), self.loss_at(progress), learning_rate_factor(progress))
+            self.done.steps += 1
+            self.done.tokens += TOKENS_PER_STEP
+            now = self.done.elapsed_s = time.monotonic() - began
+            if now - logged_s >= LOG_EVERY_S:
+                mean = float(recent) / (self.done.steps - steps_logged)
+                speed = (self.done.tokens - tokens_logged) / (now - logged_s)
+                self.log(loss=round(mean, 4), tokens_per_s=round(speed), sequence=length)
+                progress_bar.update(task, completed=now, loss=mean, speed=speed)
+                logged_s, tokens_logged, steps_logged = now, self.done.tokens, self.done.steps
+                recent.zero_()
+            if now - saved_s >= SAVE_EVERY_S:
+                self.save()
+                saved_s = now
+            if now - validated_s >= VALIDATE_EVERY_S:
+                self.log(validation=round(validation_loss(self.model, self.validation, self.model.loss, 16384), 4))
+                validated_s = now
+        self.save()
+        self.log(validation_final=round(validation_loss(self.model, self.validation, self.model.loss), 4))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(SHAPES), default="demo")
+    parser.add_argument("--minutes", type=float, default=78.0, help="training time, compilation not counted")
+    parser.add_argument("--teacher", type=Path, help="checkpoint to distil from in the second half of the time")
+    parser.add_argument("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu or cuda")
+    parser.add_argument("--out", type=Path, default=HERE / "ganglion" / "models", help="where checkpoints go")
+    parser.add_argument("--work", type=Path, default=HERE / ".work", help="state, logs and the tokenizer")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--resume", action="store_true", help="go on from the saved state")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="run without torch.compile")
+    arguments = parser.parse_args()
+    if arguments.device == "auto":
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
+    return arguments
+
+
+def main() -> None:
+    """Train one model."""
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%  loss {task.fields[loss]:.3f}  {task.fields[speed]:.0f} tokens/s"),
+        TimeElapsedColumn(),
+    )
+    run = Run(arguments)
+    with Progress(*columns) as progress_bar:
+        run.train(progress_bar)
+
+
+if __name__ == "__main__":
+    main()

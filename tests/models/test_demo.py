@@ -1,0 +1,132 @@
+"""The shipped demo checkpoints: they load, they are small, they write Python."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from tokenizers import Tokenizer
+
+from ganglion.models import DEMO_NAMES, demo_path
+
+PACKAGE = Path(__file__).resolve().parents[2] / "models" / "ganglion" / "models"
+NAMES = ("demo", "demo-drafter")
+MAX_BYTES = 16_000_000
+HEADERS = (
+    "def is_empty(self):",
+    "def __repr__(self):",
+    "def close(self):",
+    "def read_file(path):",
+    "def __init__(self, name, value=None):",
+    "def get_name(self):",
+)
+
+
+def tokenizer_of(name: str) -> Tokenizer:
+    return Tokenizer.from_file(str(PACKAGE / name / "tokenizer.json"))
+
+
+def expected_shapes(config: dict[str, int]) -> dict[str, list[int]]:
+    """Every tensor of a tied Llama checkpoint, from its config alone."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    q, kv = (config[key] * config["head_dim"] for key in ("num_attention_heads", "num_key_value_heads"))
+    shapes = {"model.embed_tokens.weight": [config["vocab_size"], hidden], "model.norm.weight": [hidden]}
+    for index in range(config["num_hidden_layers"]):
+        layer = {
+            "input_layernorm": [hidden],
+            "post_attention_layernorm": [hidden],
+            "self_attn.q_proj": [q, hidden],
+            "self_attn.k_proj": [kv, hidden],
+            "self_attn.v_proj": [kv, hidden],
+            "self_attn.o_proj": [hidden, q],
+            "mlp.gate_proj": [inner, hidden],
+            "mlp.up_proj": [inner, hidden],
+            "mlp.down_proj": [hidden, inner],
+        }
+        shapes |= {f"model.layers.{index}.{part}.weight": shape for part, shape in layer.items()}
+    return shapes
+
+
+def test_demo_path_finds_each_name_and_lists_them_for_a_wrong_one() -> None:
+    assert [demo_path(name) for name in DEMO_NAMES] == [PACKAGE / name for name in NAMES]
+    with pytest.raises(KeyError, match=r"'demo2'.*demo, demo-drafter"):
+        demo_path("demo2")
+
+
+def test_both_checkpoints_together_fit_the_wheel() -> None:
+    assert sum(path.stat().st_size for name in NAMES for path in (PACKAGE / name).iterdir()) <= MAX_BYTES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_are_the_bfloat16_tensors_the_config_promises(name: str) -> None:
+    config = json.loads((PACKAGE / name / "config.json").read_text())
+    with safe_open(PACKAGE / name / "model.safetensors", framework="numpy") as weights:
+        slices = {key: weights.get_slice(key) for key in weights.keys()}  # noqa: SIM118 - no dict, it cannot be iterated
+        assert {key: part.get_shape() for key, part in slices.items()} == expected_shapes(config)
+        assert {part.get_dtype() for part in slices.values()} == {"BF16"}
+
+
+def test_drafter_and_target_share_one_tokenizer() -> None:
+    target, drafter = ((PACKAGE / name / "tokenizer.json").read_bytes() for name in NAMES)
+    assert target == drafter
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def f(self, x):\n    if x:\n\n\n        return  self.x_1 + 1024\t# é\r\n",
+        "".join(map(chr, range(0x250))),
+        "漢字 🐍 \u200b \ufffd",
+        " \n \n\t \n",
+        "",
+    ],
+)
+def test_text_round_trips(text: str) -> None:
+    tokenizer = tokenizer_of("demo")
+    ids = tokenizer.encode(text).ids
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert all(token < 2048 for token in ids)
+
+
+def test_every_byte_is_a_token() -> None:
+    vocabulary = tokenizer_of("demo").get_vocab()
+    assert len(vocabulary) == 2048
+    assert sum(len(token) == 1 for token in vocabulary) == 256
+
+
+def test_indentation_is_one_token() -> None:
+    tokens = tokenizer_of("demo").encode("def f():\n    if x:\n        return 12\n\n\n").tokens
+    assert {"ĊĠĠĠĠ", "ĊĠĠĠĠĠĠĠĠ", "ĊĊĊ", "1", "2"} <= set(tokens)
+
+
+def test_chat_template_marks_the_turns() -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(PACKAGE / "demo")
+    messages = [{"role": "user", "content": "def f():"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == "<|endoftext|><|user|>def f():<|end|><|assistant|>"
+    assert tokenizer(text)["input_ids"] == tokenizer_of("demo").encode(text).ids
+
+
+def test_greedy_completions_of_headers_mostly_parse() -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    tokenizer = tokenizer_of("demo")
+    model = transformers.LlamaForCausalLM.from_pretrained(PACKAGE / "demo", dtype=torch.float32)
+    parsed = 0
+    for header in HEADERS:
+        prompt = torch.tensor([tokenizer.encode(header).ids])
+        output = model.generate(prompt, max_new_tokens=96, do_sample=False)[0, prompt.shape[1] :]
+        body = tokenizer.decode(output.tolist()).split("\n")[1:-1]
+        columns = [len(line) - len(line.lstrip()) if line.strip() else None for line in body]
+        first = next((column for column in columns if column is not None), 0)
+        end = next((i for i, column in enumerate(columns) if column is not None and column < max(1, first)), len(body))
+        try:
+            ast.parse("\n".join([header, *body[:end]]))
+        except SyntaxError:
+            continue
+        parsed += 1
+    assert parsed > len(HEADERS) // 2
