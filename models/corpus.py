@@ -6,6 +6,7 @@ import ast
 import hashlib
 import json
 import random
+import re
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,6 +45,10 @@ SKIPPED_PARTS = frozenset({"site-packages", "encodings", "pydoc_data", "__pycach
 TEST_PARTS = frozenset({"test", "tests", "idle_test"})
 TEST_BYTES_SHARE = 0.30
 VALIDATION_PERMILLE = 30
+
+# For the last phase: functions up to this many characters, and a string literal that stands alone.
+FUNCTION_CHARACTERS = 1000
+LITERAL = re.compile(r"""([rRuU]?)(\"{3}|'{3}|"|')(.*)\2""", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,81 @@ def chat_documents(documents: tuple[Document, ...], share: float, seed: int) -> 
         budget -= len(turn)
         turns.append(turn)
     return turns
+
+
+def shorten_docstrings(text: str) -> str:
+    """A module's source with docstrings of one line, and about half of its functions' docstrings dropped.
+
+    A docstring keeps its quotes and the first line with anything on it. Which functions lose theirs is
+    decided by a hash of the docstring; a function of nothing else keeps it. Docstrings that share a line
+    with code stay as they are. The result parses; nothing but docstrings (and the blank lines after a
+    dropped one) changes.
+    """
+    lines = text.split("\n")
+    owners = [
+        node
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and ast.get_docstring(node, clean=False) is not None
+    ]
+    for owner in sorted(owners, key=lambda owner: owner.body[0].lineno, reverse=True):
+        first, last = owner.body[0].lineno - 1, owner.body[0].end_lineno or owner.body[0].lineno
+        literal = "\n".join(lines[first:last]).strip()
+        if LITERAL.fullmatch(literal) is None:
+            continue  # it shares a line with code or a comment, or stands in brackets
+        is_function = isinstance(owner, ast.FunctionDef | ast.AsyncFunctionDef)
+        if is_function and len(owner.body) > 1 and _digest(literal)[0] % 2:
+            while last < len(lines) and not lines[last].strip():
+                last += 1
+            del lines[first:last]
+        elif (short := _first_line(literal)) is not None:
+            indentation = lines[first][: len(lines[first]) - len(lines[first].lstrip())]
+            lines[first:last] = [indentation + short]
+    shortened = "\n".join(lines)
+    return shortened if _parses(shortened) else text
+
+
+def _first_line(literal: str) -> str | None:
+    """The string literal cut to its first line with anything on it, if that is a literal still."""
+    match = LITERAL.fullmatch(literal)
+    assert match is not None  # noqa: S101 - the caller matched it
+    prefix, quotes, inner = match.groups()
+    written = (line.strip().rstrip("\\").rstrip() for line in inner.split("\n"))
+    short = f"{prefix}{quotes}{next((line for line in written if line), '')}{quotes}"
+    return short if _parses(short) else None
+
+
+def _parses(text: str) -> bool:
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+def clean_documents(documents: tuple[Document, ...]) -> tuple[Document, ...]:
+    """The documents with shortened docstrings."""
+    return tuple(Document(document.path, shorten_docstrings(document.text)) for document in documents)
+
+
+def function_documents(documents: tuple[Document, ...]) -> list[str]:
+    """Each short function or method as a text of its own, from `def` to its last line, dedented; no tests.
+
+    A bare header is then a usual beginning, and a function is usually followed by the end of the text.
+    """
+    texts: dict[str, None] = {}
+    for document in documents:
+        if document.is_test:
+            continue
+        lines = document.text.split("\n")
+        for node in ast.walk(ast.parse(document.text)):
+            if not isinstance(node, ast.FunctionDef) or node.body[0].lineno == node.lineno:
+                continue
+            source = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+            text = _dedent(source, node.col_offset).rstrip() + "\n"
+            if "\t" not in text and len(text) <= FUNCTION_CHARACTERS and _parses(text):
+                texts[text] = None
+    return list(texts)
 
 
 def train_tokenizer(documents: tuple[Document, ...]) -> Tokenizer:

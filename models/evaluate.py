@@ -115,12 +115,12 @@ def next_token_choices(model: LlamaForCausalLM, row: Tensor) -> tuple[float, Ten
     return float(F.cross_entropy(logits, row[1:], reduction="sum")), logits.argmax(-1)
 
 
-def evaluate(count: int, limit: int) -> dict[str, object]:
-    """All figures; `count` headers, completed by up to `limit` tokens each."""
+def evaluate(checkpoints: Path, count: int, limit: int) -> dict[str, object]:
+    """All figures of the two models under `checkpoints`; `count` headers, completed by up to `limit` tokens each."""
     corpus = load_corpus()
-    tokenizer = Tokenizer.from_file(str(CHECKPOINTS / "demo" / "tokenizer.json"))
-    target = LlamaForCausalLM.from_pretrained(CHECKPOINTS / "demo", dtype=torch.float32)
-    drafter = LlamaForCausalLM.from_pretrained(CHECKPOINTS / "demo-drafter", dtype=torch.float32)
+    tokenizer = Tokenizer.from_file(str(checkpoints / "demo" / "tokenizer.json"))
+    target = LlamaForCausalLM.from_pretrained(checkpoints / "demo", dtype=torch.float32)
+    drafter = LlamaForCausalLM.from_pretrained(checkpoints / "demo-drafter", dtype=torch.float32)
 
     rows, byte_count = rows_of(corpus.validation, tokenizer)
     tokens = sum(len(row) - 1 for row in rows)
@@ -159,12 +159,13 @@ def evaluate(count: int, limit: int) -> dict[str, object]:
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="folder that holds both models")
     parser.add_argument("--headers", type=int, default=40, help="how many held-out headers to complete")
     parser.add_argument("--limit", type=int, default=128, help="tokens per completion")
     parser.add_argument("--show", action="store_true", help="print the completions too")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    figures = evaluate(arguments.headers, arguments.limit)
+    figures = evaluate(arguments.checkpoints, arguments.headers, arguments.limit)
     if not arguments.show:
         del figures["texts"]
     print(json.dumps(figures, indent=2))

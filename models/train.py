@@ -1,10 +1,13 @@
 """Train the demo model and its drafter on the standard library's own source.
 
     python models/train.py --model demo --minutes 78
+    python models/train.py --model demo --finish 11 --threads 2
     python models/train.py --model demo-drafter --minutes 13 --teacher models/ganglion/models/demo
 
 The learning rate follows the wall clock (warm-up, constant, linear to zero), so a run always ends
-fully decayed however much of the machine it gets. A run that was killed goes on with `--resume`.
+fully decayed however much of the machine it gets. `--finish` goes on from a trained model at a lower
+rate on cleaner text: docstrings of one line, and functions that stand alone. A run that was killed
+goes on with `--resume`. The checkpoint is written when the run is over.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from corpus import (
     END_OF_TURN,
     Document,
     chat_documents,
+    clean_documents,
+    function_documents,
     load_corpus,
     shuffled,
     token_id,
@@ -40,12 +45,9 @@ from torch.nn import functional as F
 HERE = Path(__file__).resolve().parent
 TOKENS_PER_STEP = 4096
 CHAT_SHARE = 0.04
+FINISH_CHAT_SHARE = 0.10
 MUON_LR = 0.03
 ADAMW_LR = 3e-3
-WARMUP = 0.01
-DECAY_FROM = 0.45
-# (share of the time at which the phase ends, sequence length)
-PHASES = ((0.50, 256), (0.80, 512), (1.00, 1024))
 LOG_EVERY_S = 20.0
 SAVE_EVERY_S = 240.0
 VALIDATE_EVERY_S = 300.0
@@ -62,16 +64,30 @@ class Progressed:
     elapsed_s: float = 0.0
 
 
-def sequence_length(progress: float) -> int:
-    """The sequence length at this share (0 to 1) of the time."""
-    return next((length for end, length in PHASES if progress < end), PHASES[-1][1])
+@dataclass(frozen=True)
+class Schedule:
+    """Sequence length and learning rate by the share (0 to 1) of the time that has passed."""
+
+    phases: tuple[tuple[float, int], ...]
+    """(share of the time at which the phase ends, sequence length)"""
+    peak: float
+    """The highest rate, as a share of `MUON_LR` and `ADAMW_LR`."""
+    decay_from: float
+    warmup: float = 0.01
+
+    def sequence_length(self, progress: float) -> int:
+        """The sequence length at this share of the time."""
+        return next((length for end, length in self.phases if progress < end), self.phases[-1][1])
+
+    def learning_rate_factor(self, progress: float) -> float:
+        """Warm-up, constant, then linear to zero."""
+        if progress < self.warmup:
+            return self.peak * max(progress / self.warmup, 0.01)
+        return self.peak * min(1.0, max(0.0, (1.0 - progress) / (1.0 - self.decay_from)))
 
 
-def learning_rate_factor(progress: float) -> float:
-    """Warm-up, constant, then linear to zero; `progress` is the share (0 to 1) of the time."""
-    if progress < WARMUP:
-        return max(progress / WARMUP, 0.01)
-    return min(1.0, max(0.0, (1.0 - progress) / (1.0 - DECAY_FROM)))
+TRAIN = Schedule(phases=((0.50, 256), (0.80, 512), (1.00, 1024)), peak=1.0, decay_from=0.45)
+FINISH = Schedule(phases=((1.00, 512),), peak=0.3, decay_from=0.0)
 
 
 def pack(texts: list[str], tokenizer: Tokenizer) -> Tensor:
@@ -93,6 +109,18 @@ def batches(stream: Tensor, length: int, rows: int, generator: torch.Generator) 
         for chosen in torch.split(torch.randperm(count, generator=generator), rows):
             if len(chosen) == rows:
                 yield stream[offset + chosen[:, None] * length + torch.arange(length + 1)]
+
+
+def document_rows(
+    stream: Tensor, separator: int, length: int, rows: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Rows of `length + 1` ids, without end, that begin at the first id of a document, its separator left out."""
+    starts = (stream == separator).nonzero().flatten() + 1
+    starts = starts[starts + length < len(stream)]
+    while True:
+        for chosen in torch.split(starts[torch.randperm(len(starts), generator=generator)], rows):
+            if len(chosen) == rows:
+                yield stream[chosen[:, None] + torch.arange(length + 1)]
 
 
 def optimizers(model: Llama) -> list[torch.optim.Optimizer]:
@@ -121,7 +149,8 @@ def distillation(model: Llama, teacher: Llama) -> Loss:
 @torch.no_grad()
 def validation_loss(model: Llama, stream: Tensor, loss: Loss, limit: int | None = None) -> float:
     """Mean nats per token over rows of the full context, at most `limit` tokens of them."""
-    length, rows = PHASES[-1][1], TOKENS_PER_STEP // PHASES[-1][1]
+    length = model.shape.context
+    rows = TOKENS_PER_STEP // length
     count = (len(stream) - 1) // length // rows * rows
     index = torch.arange(count)[:, None] * length + torch.arange(length + 1)
     chunks = torch.split(stream[index], rows)
@@ -206,23 +235,33 @@ class Run:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.device = torch.device(arguments.device)
-        self.budget_s: float = arguments.minutes * 60.0
+        self.finishing: bool = arguments.finish is not None
+        self.schedule = FINISH if self.finishing else TRAIN
+        self.budget_s: float = (arguments.finish if self.finishing else arguments.minutes) * 60.0
         self.seed: int = arguments.seed
         self.folder: Path = arguments.out / arguments.model
         self.work: Path = arguments.work / arguments.model
         self.work.mkdir(parents=True, exist_ok=True)
+        self.state_path = self.work / ("finish.pt" if self.finishing else "state.pt")
+        self.log_path = self.work / ("finish.jsonl" if self.finishing else "log.jsonl")
         torch.manual_seed(self.seed)
         corpus = load_corpus()
         self.tokenizer = self._tokenizer(arguments.work, corpus.train)
-        chat = chat_documents(corpus.train, CHAT_SHARE, self.seed)
-        train = shuffled([document.text for document in corpus.train] + chat)
-        self.stream = pack(train, self.tokenizer)
+        self.functions: Tensor | None = None
+        texts = corpus.train
+        if self.finishing:
+            texts = clean_documents(corpus.train)
+            self.functions = pack(shuffled(function_documents(texts)), self.tokenizer)
+        chat = chat_documents(corpus.train, FINISH_CHAT_SHARE if self.finishing else CHAT_SHARE, self.seed)
+        self.stream = pack(shuffled([document.text for document in texts] + chat), self.tokenizer)
         self.validation = pack([document.text for document in corpus.validation], self.tokenizer)
         self.model = Llama(SHAPES[arguments.model]).to(self.device)
         self.optimizers = optimizers(self.model)
         self.done = Progressed()
         if arguments.resume:
-            self._resume()
+            self.done = self._load(self.state_path)
+        elif self.finishing:
+            self._load(self.work / "state.pt")
         compiled = (lambda f: torch.compile(f, dynamic=False)) if arguments.compile else (lambda f: f)
         self.plain_loss: Loss = compiled(self.model.loss)
         self.distil_loss: Loss | None = None
@@ -237,34 +276,46 @@ class Run:
             write_atomically(path, train_tokenizer(documents).to_str().encode())
         return Tokenizer.from_file(str(path))
 
-    def _resume(self) -> None:
-        state = torch.load(self.work / "state.pt", map_location=self.device, weights_only=True)
+    def _load(self, path: Path) -> Progressed:
+        """Take over a saved state's weights and optimizers; how far that run had come."""
+        state = torch.load(path, map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.done = Progressed(**state["done"])
+        return Progressed(**state["done"])
 
     def save(self) -> None:
-        """Save what `--resume` needs, and export the checkpoint as it stands."""
-        partial = self.work / "state.pt.partial"
+        """Save what `--resume` and `--finish` need."""
+        partial = self.state_path.with_name(self.state_path.name + ".partial")
         state = {
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "done": asdict(self.done),
         }
         torch.save(state, partial)
-        partial.replace(self.work / "state.pt")
-        export(self.model, self.tokenizer, self.folder)
+        partial.replace(self.state_path)
 
     def log(self, **figures: float | int | str) -> None:
         """Append one JSON line to the run's log."""
         record = {"steps": self.done.steps, "tokens": self.done.tokens, "elapsed_s": round(self.done.elapsed_s, 1)}
-        with (self.work / "log.jsonl").open("a") as file:
+        with self.log_path.open("a") as file:
             file.write(json.dumps(record | figures) + "\n")
 
     def loss_at(self, progress: float) -> Loss:
         """Cross entropy; with a teacher, distillation in the second half."""
-        return self.distil_loss if self.distil_loss is not None and progress >= PHASES[0][0] else self.plain_loss
+        first_phase = progress < self.schedule.phases[0][0]
+        return self.plain_loss if self.distil_loss is None or first_phase else self.distil_loss
+
+    def batches_of(self, length: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """The steps' batches; in the last phase half the rows begin with a function that stands alone."""
+        rows = TOKENS_PER_STEP // length
+        if self.functions is None:
+            yield from batches(self.stream, length, rows, generator)
+            return
+        alone = document_rows(self.functions, token_id(self.tokenizer, END_OF_TEXT), length, rows // 2, generator)
+        files = batches(self.stream, length, rows - rows // 2, generator)
+        for pair in zip(alone, files, strict=True):
+            yield torch.cat(pair)
 
     def step(self, batch: Tensor, loss_function: Loss, factor: float) -> Tensor:
         """One optimizer step on [rows, length + 1] ids at `factor` of the peak rate; the loss."""
@@ -281,7 +332,7 @@ class Run:
     def warm_up_compiler(self) -> None:
         """Compile every phase before the clock starts, without touching the weights."""
         start = 0.0
-        for end, length in PHASES:
+        for end, length in self.schedule.phases:
             rows = TOKENS_PER_STEP // length
             tokens = torch.zeros(rows, length, dtype=torch.int64, device=self.device)
             self.loss_at(start)(tokens, tokens).backward()  # type: ignore[no-untyped-call]
@@ -289,7 +340,7 @@ class Run:
             start = end
 
     def train(self, progress_bar: Progress) -> None:
-        """Train until the time is spent; state and checkpoint are saved on the way and at the end."""
+        """Train until the time is spent; the state is saved on the way and at the end, the checkpoint at the end."""
         self.warm_up_compiler()
         task = progress_bar.add_task("train", total=self.budget_s, loss=float("nan"), speed=0.0)
         generator = torch.Generator().manual_seed(self.seed + self.done.tokens)
@@ -301,10 +352,10 @@ class Run:
         tokens_logged, recent = self.done.tokens, torch.zeros((), device=self.device)
         steps_logged = self.done.steps
         while (progress := (time.monotonic() - began) / self.budget_s) < 1.0:
-            if length != sequence_length(progress):
-                length = sequence_length(progress)
-                source = batches(self.stream, length, TOKENS_PER_STEP // length, generator)
-            recent += self.step(next(source), self.loss_at(progress), learning_rate_factor(progress))
+            if length != self.schedule.sequence_length(progress):
+                length = self.schedule.sequence_length(progress)
+                source = self.batches_of(length, generator)
+            recent += self.step(next(source), self.loss_at(progress), self.schedule.learning_rate_factor(progress))
             self.done.steps += 1
             self.done.tokens += TOKENS_PER_STEP
             now = self.done.elapsed_s = time.monotonic() - began
@@ -322,6 +373,7 @@ class Run:
                 self.log(validation=round(validation_loss(self.model, self.validation, self.model.loss, 16384), 4))
                 validated_s = now
         self.save()
+        export(self.model, self.tokenizer, self.folder)
         self.log(validation_final=round(validation_loss(self.model, self.validation, self.model.loss), 4))
 
 
@@ -330,6 +382,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(SHAPES), default="demo")
     parser.add_argument("--minutes", type=float, default=78.0, help="training time, compilation not counted")
+    parser.add_argument(
+        "--finish", type=float, metavar="MINUTES", help="the last phase, on cleaner text, from the trained state"
+    )
     parser.add_argument("--teacher", type=Path, help="checkpoint to distil from in the second half of the time")
     parser.add_argument("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu or cuda")
     parser.add_argument("--out", type=Path, default=HERE / "ganglion" / "models", help="where checkpoints go")
@@ -339,6 +394,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the saved state")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="run without torch.compile")
     arguments = parser.parse_args()
+    if arguments.finish is not None and arguments.teacher is not None:
+        parser.error("--finish trains on the text alone; leave --teacher out")
     if arguments.device == "auto":
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
     return arguments

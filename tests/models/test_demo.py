@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from safetensors import safe_open
@@ -23,6 +24,47 @@ HEADERS = (
     "def __init__(self, name, value=None):",
     "def get_name(self):",
 )
+
+
+MODULE = r'''"""A module.
+
+More of it.
+"""
+
+
+class A:
+    r"""
+    Match \d.
+
+    More.
+    """
+
+    def only(self):
+        """Say
+        nothing."""
+
+    def quoted(self):
+        """One line."""; return 1
+
+
+def outer(x):
+    """Return a function.
+
+    It is a closure.
+    """
+
+    def inner():
+        "Add."
+        return x + "a\nb"
+
+    return inner
+'''
+
+
+@pytest.fixture
+def corpus(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(PACKAGE.parents[1])
+    return pytest.importorskip("corpus")
 
 
 def tokenizer_of(name: str) -> Tokenizer:
@@ -130,3 +172,42 @@ def test_greedy_completions_of_headers_mostly_parse() -> None:
             continue
         parsed += 1
     assert parsed > len(HEADERS) // 2
+
+
+def without_docstrings(text: str) -> str:
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body[:1] = [] if len(node.body) > 1 else [ast.Pass()]
+    return ast.dump(tree)
+
+
+def test_shortened_docstrings_are_one_line_and_the_code_is_the_same(corpus: ModuleType) -> None:
+    short = corpus.shorten_docstrings(MODULE)
+    assert '"""A module."""\n\n\nclass A:\n    r"""Match \\d."""\n\n    def only(self):\n        """Say"""\n' in short
+    assert "More" not in short
+    assert '"""One line."""; return 1' in short
+    assert without_docstrings(short) == without_docstrings(MODULE)
+
+
+def test_about_half_of_the_functions_lose_their_docstring(corpus: ModuleType) -> None:
+    text = "".join(f'def f{i}():\n    """Number {i}\n    of many."""\n\n    return {i}\n' for i in range(200))
+    short = corpus.shorten_docstrings(text)
+    assert 70 < short.count("Number") < 130
+    assert "of many" not in short
+    assert short.count("def f") == 200
+
+
+def test_a_docstring_whose_first_line_cannot_stand_alone_is_kept(corpus: ModuleType) -> None:
+    text = 'def f():\n    """Say "hi"\n    twice."""\n'
+    assert corpus.shorten_docstrings(text) == text
+
+
+def test_functions_stand_alone_dedented_and_no_tests_are_among_them(corpus: ModuleType) -> None:
+    text = "class A:\n    def f(self):\n        if self:\n            return 1\n\n    x = 1\n\n    def g(self): pass\n"
+    documents = (
+        corpus.Document("a.py", text),
+        corpus.Document("b.py", text),
+        corpus.Document("test/c.py", "def t():\n    return 1\n"),
+    )
+    assert corpus.function_documents(documents) == ["def f(self):\n    if self:\n        return 1\n"]
