@@ -43,12 +43,19 @@ PARTS = ("queue_s", "compute_s", "exchange_s", "seal_s", "sample_s", "other_s")
 
 
 def stack_ms_per_token(api: str, model: str, tokens: int) -> float:
-    """Median ms between streamed tokens through HTTP."""
-    body = {"model": model, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "stream": True}
-    with httpx.stream("POST", f"{api}/v1/completions", json=body, timeout=600) as answer:
-        arrivals = [time.perf_counter() for line in answer.iter_lines() if line.startswith("data: {")]
-    # Tokens whose bytes are no text yet come together with later ones: the span counts, not the single gap.
-    return (arrivals[-1] - arrivals[0]) * 1e3 / (tokens - 1)
+    """Ms per token through HTTP: what `tokens` more tokens add to a request.
+
+    A stream's chunks would not do: ids of a random model beyond the tokenizer have no text, and so no chunk.
+    """
+    taken_s = []
+    for count in (1, tokens + 1):
+        body = {"model": model, "prompt": PROMPT, "max_tokens": count, "temperature": 0}
+        started = time.perf_counter()
+        answer = httpx.post(f"{api}/v1/completions", json=body, timeout=600).raise_for_status().json()
+        taken_s.append(time.perf_counter() - started)
+        if answer["usage"]["completion_tokens"] != count:
+            raise RuntimeError(f"{answer['usage']['completion_tokens']} tokens came of {count}: the model ended early")
+    return (taken_s[1] - taken_s[0]) * 1e3 / tokens
 
 
 def bare_ms_per_token(manifest: Path, store: Path, run: Path, threads: int, tokens: int) -> float:

@@ -8,6 +8,7 @@ dialler → confirmation
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -107,7 +108,9 @@ async def open_conversation(
     first.handshake = handshake.start(hello().SerializeToString())
     try:
         async with asyncio.timeout(FIRST_FRAME_S):
-            await write_message(stream, first.SerializeToString(), peer.node_id)
+            # A refusal may end the stream before the opening is written: the read says why, the write could not.
+            with contextlib.suppress(GanglionError):
+                await write_message(stream, first.SerializeToString(), peer.node_id)
             payload, sealer, opener = handshake.finish(await read_message(stream, peer.node_id))
             greeting = _parse_hello(payload)
             await write_message(stream, confirmation(sealer), peer.node_id)
