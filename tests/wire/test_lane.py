@@ -110,7 +110,7 @@ async def test_tensors_and_messages_both_ways(pair: Pair) -> None:
         assert await pair.near.receive(expected, into) is into
         np.testing.assert_array_equal(into, partial + 1)
     await pair.far.send_tensor(Kind.HIDDEN, 20, 0, hidden)
-    np.testing.assert_array_equal(await pair.near.receive_tensor(Kind.HIDDEN, 20, 0, Dtype.F32, 3, 64), hidden)
+    np.testing.assert_array_equal(await pair.near.receive(Expectation(Kind.HIDDEN, 20, 0, Dtype.F32, 3, 64)), hidden)
     await pair.near.send_message(Kind.STEP, 21, b"step")
     found = await pair.far.receive_any()
     assert (found.kind, found.step, found.payload) == (Kind.STEP, 21, b"step")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +32,7 @@ def usage(end: Ended) -> Json:
 
 
 @dataclass
-class Writer:
+class Writer(ABC):
     """What both kinds of answers share. `logprobs`: -1 none, else how many alternatives."""
 
     model: str
@@ -69,17 +70,17 @@ class Writer:
         """Chunks before any text."""
         return []
 
+    @abstractmethod
     def delta(self, text: str, tokens: Sequence[Placed]) -> Json:
         """A chunk with text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def last(self, end: Ended) -> Json:
         """The chunk with the finish reason."""
-        raise NotImplementedError
 
+    @abstractmethod
     def complete(self, text: str, tokens: Sequence[Placed], end: Ended) -> Json:
         """The whole answer."""
-        raise NotImplementedError
 
 
 @dataclass

@@ -181,13 +181,6 @@ class Lane:
             self._open_into(message, into)
             return into
 
-    async def receive_tensor(  # noqa: PLR0917 - in the order of send_tensor
-        self, kind: Kind, step: int, exchange: int, dtype: Dtype, rows: int, columns: int
-    ) -> NDArray[Any]:
-        """`receive` for a tensor [rows, columns] of `dtype`."""
-        found: NDArray[Any] = await self.receive(Expectation(kind, step, exchange, dtype, rows, columns))
-        return found
-
     async def receive_any(
         self, kinds: Collection[Kind] = (Kind.STEP,), largest_bytes: int = CONTROL_MESSAGE_BYTES
     ) -> Message:
