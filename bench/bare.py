@@ -41,8 +41,8 @@ class Bare:
         self._seqlens = self._value((1,), np.int32)
         self._total = self._value((1,), np.int32)
         half = g.head_dim // 2
-        self._cos = self._table(manifest.rope_cos, context + 2, half)
-        self._sin = self._table(manifest.rope_sin, context + 2, half)
+        self._cos = self._table(manifest.ropes["default"][0].cos, context + 2, half)
+        self._sin = self._table(manifest.ropes["default"][0].sin, context + 2, half)
         self._logits = self._value((1, g.vocab_groups * g.vocab_group_rows), np.float32)
         self._runs: list[tuple[ort.InferenceSession, Any]] = []
         flip = 0

@@ -67,9 +67,12 @@ class Runner:
                 for half, segment in enumerate(entry.segments):
                     self._open((rank, layer, half), segment, self._range(share, segment))
             self._open((rank, -1, 0), manifest.head, share.vocab)
-        half = manifest.geometry.head_dim // 2
-        self.cos = np.frombuffer(self._piece(manifest.rope_cos), np.float32).reshape(-1, half)
-        self.sin = np.frombuffer(self._piece(manifest.rope_sin), np.float32).reshape(-1, half)
+        self.ropes: dict[str, list[Floats]] = {}
+        for name, tables in manifest.ropes.items():
+            table = tables[-1]
+            self.ropes[name] = [
+                np.frombuffer(self._piece(one), np.float32).reshape(table.context, -1) for one in (table.cos, table.sin)
+            ]
         self.caches: dict[tuple[int, int], list[Floats]] = {}
 
     def forward(self, ids: Sequence[int], chunks: Sequence[int] | None = None) -> tuple[Floats, Floats]:
@@ -84,7 +87,7 @@ class Runner:
         for count in chunks or [len(ids)]:
             rows = self._embed(ids[start : start + count])
             res, delta = self._layers(rows, start)
-            hidden.append(res + delta.astype(np.float32))
+            hidden.append(res + delta.astype(np.float32))  # before the last layer's post norm, where it has one
             logits.append(self._head(res, delta))
             start += count
         return np.concatenate(logits), np.concatenate(hidden)
@@ -98,26 +101,40 @@ class Runner:
 
     def _layers(self, res: Floats, start: int) -> tuple[Floats, Any]:
         delta = np.zeros(res.shape, np.float64 if self.exact else np.float32)
+        deltas = [delta] * len(self.shares)  # what each share holds: alike after an exchange
+        carried: list[Any] = [None] * len(self.shares)
+        number = 0
         for layer, entry in enumerate(self.manifest.layers):
             for half, segment in enumerate(entry.segments):
-                partials = []
+                left: list[Any] = []
                 for rank, share in enumerate(self.shares):
-                    if not self._range(share, segment).count:
+                    session = self.sessions.get((rank, layer, half))
+                    if session is None:
+                        left.append(None)
                         continue
-                    feeds: dict[str, Any] = {"res": res, "delta": delta}
-                    if segment.axis == "heads":
-                        feeds |= self._attention_feeds(rank, layer, start, len(res))
-                    outputs = self.sessions[rank, layer, half].run(None, feeds)
-                    if segment.axis == "heads":
-                        self.caches[rank, layer] = outputs[2:]
-                    partial = outputs[1]
+                    feeds: dict[str, Any] = {"delta": deltas[rank]}
+                    feeds |= {"carry": carried[rank]} if segment.takes == "carry" else {"res": res}
+                    if segment.attends and self._range(share, segment).count:
+                        feeds |= self._attention_feeds(rank, layer, start, len(res), segment.rope)
+                    names = [one.name for one in session.get_outputs()]
+                    found = dict(zip(names, session.run(None, feeds), strict=True))
+                    if "present_key" in found:
+                        self.caches[rank, layer] = [found["present_key"], found["present_value"]]
+                    carried[rank] = found.get("carry")
+                    out = found.get("res_out", res)
+                    partial = found["partial"]
                     if self.spoil is not None:
-                        partial = self.spoil(layer * len(entry.segments) + half, rank, partial)
-                    partials.append(partial)
-                res, delta = outputs[0], partials[0]
-                for partial in partials[1:]:
-                    delta = delta + partial
-        return res, delta
+                        partial = self.spoil(number, rank, partial)
+                    left.append(partial)
+                if segment.exchange:
+                    given = [partial for partial in left if partial is not None]
+                    total = given[0]
+                    for partial in given[1:]:
+                        total = total + partial
+                    left = [total] * len(self.shares)
+                deltas, res = left, out
+                number += 1
+        return res, deltas[0]
 
     def _head(self, res: Floats, delta: Any) -> Floats:
         parts = [
@@ -127,17 +144,11 @@ class Runner:
         ]
         return np.concatenate(parts, axis=1)[:, : self.manifest.geometry.vocab]
 
-    def _attention_feeds(self, rank: int, layer: int, start: int, rows: int) -> dict[str, Any]:
+    def _attention_feeds(self, rank: int, layer: int, start: int, rows: int, rope: str) -> dict[str, Any]:
         key, value = self.caches[rank, layer]
         total = np.array([start + rows], np.int32)
-        return {
-            "past_key": key,
-            "past_value": value,
-            "seqlens_k": total - 1,
-            "total": total,
-            "cos": self.cos,
-            "sin": self.sin,
-        }
+        feeds = {"past_key": key, "past_value": value, "seqlens_k": total - 1, "total": total}
+        return feeds | (dict(zip(("cos", "sin"), self.ropes[rope], strict=True)) if rope else {})
 
     def _embed(self, ids: Sequence[int]) -> Floats:
         g, embedding = self.manifest.geometry, self.manifest.embedding
@@ -149,10 +160,10 @@ class Runner:
             if embedding.dtype == "bfloat16":
                 row = (row.astype(np.uint32) << 16).view(np.float32)
             rows.append(row.astype(np.float32))
-        return np.stack(rows)
+        return np.stack(rows) * np.float32(embedding.scale)
 
     def _open(self, key: tuple[int, int, int], segment: Segment, share: Range) -> None:
-        if not share.count:
+        if not share.count and (segment.takes == "carry" or segment is self.manifest.head):
             return
         folder = self.folder / "-".join(map(str, (*key, segment.kind)))
         folder.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,7 @@ from ganglion.wire.nouns import (
     PlanOptions,
     PlanReport,
     Range,
+    RopeTable,
     Segment,
     Share,
     Slot,
@@ -67,7 +68,7 @@ def make_manifest(name: str = "tiny", layers: int = 2) -> Manifest:
         return Segment(kind=kind, axis=axis, groups=groups, slots=(grouped, whole))
 
     return Manifest(
-        format_version=1,
+        format_version=2,
         name=name,
         family="llama",
         source_digest="cd" * 32,
@@ -90,8 +91,8 @@ def make_manifest(name: str = "tiny", layers: int = 2) -> Manifest:
         layers=(Layer(segments=(segment("attention", "heads", 4), segment("mlp", "columns", 4))),) * layers,
         head=segment("head", "columns", 4),
         embedding=Embedding(dtype="float32", pieces=(piece,) * 4),
-        rope_cos=piece,
-        rope_sin=piece,
+        ropes={"default": (RopeTable(context=512, cos=piece, sin=piece),)},
+        handover="sum",
         graphs={},
         tokenizer={},
         bos_id=None,

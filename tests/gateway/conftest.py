@@ -38,6 +38,7 @@ from ganglion.wire.nouns import (
     PieceRef,
     Plan,
     Range,
+    RopeTable,
     Segment,
     Share,
     Stage,
@@ -168,7 +169,7 @@ def manifest_of(name: str, files: dict[str, bytes]) -> Manifest:
         vocab_group_rows=260,
     )
     return Manifest(
-        format_version=1,
+        format_version=2,
         name=name,
         family="llama",
         source_digest=nothing.digest,
@@ -178,8 +179,8 @@ def manifest_of(name: str, files: dict[str, bytes]) -> Manifest:
         layers=(),
         head=Segment(kind="head", axis="columns", groups=1, slots=()),
         embedding=Embedding(dtype="float32", pieces=()),
-        rope_cos=nothing,
-        rope_sin=nothing,
+        ropes={},
+        handover="sum",
         graphs={},
         tokenizer={file: piece(content) for file, content in files.items()},
         bos_id=BOS,

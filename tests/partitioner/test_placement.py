@@ -33,6 +33,7 @@ from ganglion.wire.nouns import (
     Plan,
     PlanOptions,
     Range,
+    RopeTable,
     Segment,
     Slot,
     from_json,
@@ -82,7 +83,7 @@ def manifest(
         slots=(Slot(name="out", join="rows", rows=1, pieces=(ref(16000 * scale),) * vocab_groups),),
     )
     return Manifest(
-        format_version=1,
+        format_version=2,
         name="m",
         family="llama",
         source_digest="1" * 64,
@@ -105,8 +106,8 @@ def manifest(
         layers=tuple(Layer(segments=(heads, columns)) for _ in range(layers)),
         head=head,
         embedding=Embedding(dtype="bfloat16", pieces=(ref(1000 * scale),) * vocab_groups),
-        rope_cos=ref(100),
-        rope_sin=ref(100),
+        ropes={"default": (RopeTable(context=context, cos=ref(100), sin=ref(100)),)},
+        handover="sum",
         graphs={},
         tokenizer={},
         bos_id=None,

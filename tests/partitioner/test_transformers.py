@@ -81,7 +81,8 @@ def test_mutants_are_caught(mutant, shape, models, text, tmp_path):
         spoil = lambda segment, rank, partial: partial * (segment != 1 or rank != 1)  # noqa: E731
     runner = Runner(cut.manifest, cut.pieces, tmp_path, shares, spoil=spoil)
     if mutant == "rope off":
-        runner.cos, runner.sin = np.ones_like(runner.cos), np.zeros_like(runner.sin)
+        cos, sin = runner.ropes["default"]
+        runner.ropes["default"] = [np.ones_like(cos), np.zeros_like(sin)]
     elif mutant == "dropped residual":
         runner._layers = lambda res, start, run=runner._layers: (lambda r, d: (r * 0, d))(*run(res, start))
     logits, _ = runner.forward(ids)

@@ -16,7 +16,7 @@ from ganglion.agent.lead.candidates import Answer, Draw, VocabShare, answer
 from ganglion.wire.errors import InvalidDocument, ProtocolViolation
 from ganglion.wire.frames import Dtype, Expectation, Kind
 from ganglion.wire.lane import Lane
-from ganglion.wire.nouns import Manifest, Plan
+from ganglion.wire.nouns import Manifest, Plan, Segment
 
 
 def vocab_shares(manifest: Manifest, plan: Plan) -> dict[int, VocabShare]:
@@ -54,35 +54,52 @@ class StageRunner:
         self.rank = rank
         self.meter = Meter()
         self._hidden = manifest.geometry.hidden
+        # The first stage gets embedded rows, the others what the stage before them handed on.
+        self._handed = executor.handed_width if number else 0
         self._vocab = vocab_shares(manifest, plan).get(rank)
         self._logits: NDArray[np.float32] | None = None
         self._source = None if rank == 0 else lanes[0] if number == 0 else lanes[ranks_by_stage[number - 1][0]]
         following = ranks_by_stage[number + 1] if rank == ranks[0] and number + 1 < len(plan.stages) else ()
         self._peers = tuple(lanes[other] for other in ranks[1:]) if rank == 0 else ()
         self._following = tuple(lanes[other] for other in following)
-        by_axis = self._plan_exchanges(plan, number, lanes)
         layers = manifest.layers[stage.layers.start : stage.layers.stop]
-        self._exchanges = tuple(by_axis[segment.axis] for layer in layers for segment in layer.segments)
+        segments = [segment for layer in layers for segment in layer.segments]
+        self._exchanges = self._plan_exchanges(plan, number, segments, lanes)
 
-    def _plan_exchanges(self, plan: Plan, number: int, lanes: Mapping[int, Lane]) -> dict[str, AllReduce | None]:
+    def _plan_exchanges(
+        self, plan: Plan, number: int, segments: Sequence[Segment], lanes: Mapping[int, Lane]
+    ) -> tuple[AllReduce | None, ...]:
+        """The exchange after each segment; who gives is who has groups of what it sums: since the last exchange."""
         stage, ranks = plan.stages[number], stage_ranks(plan)[number]
-        by_axis: dict[str, AllReduce | None] = {"heads": None, "columns": None}
-        if len(ranks) > 1:
-            for axis in by_axis:
-                giving = contributors(stage, ranks, axis)
-                if not giving:
-                    raise InvalidDocument(f"plan: stage {number}: no share has {axis}")
-                part = plan_exchange(ranks, giving, stage.topology, self.rank)
-                by_axis[axis] = AllReduce(part, self.rank, lanes)
-        return by_axis
+        if len(ranks) == 1:
+            return (None,) * len(segments)
+        made: dict[tuple[int, ...], AllReduce] = {}
+        found: list[AllReduce | None] = []
+        giving: set[int] = set()
+        for segment in segments:
+            giving.update(contributors(stage, ranks, segment.axis))
+            if not segment.exchange:
+                found.append(None)
+                continue
+            if not giving:
+                raise InvalidDocument(f"plan: stage {number}: no share has {segment.axis}")
+            key = tuple(sorted(giving))
+            if key not in made:
+                made[key] = AllReduce(plan_exchange(ranks, key, stage.topology, self.rank), self.rank, lanes)
+            found.append(made[key])
+            giving = set()
+        return tuple(found)
 
     async def forward(self, step: int, batch: Batch) -> None:
         """Take the rows (the lead has filled them in), run every segment, hand them on; raises what lanes raise."""
         executor, meter = self.executor, self.meter
         before = time.perf_counter()
         if self._source is not None:
-            expected = Expectation(Kind.HIDDEN, step, 0, Dtype.F32, batch.rows, self._hidden)
-            await self._source.receive(expected, into=executor.residual(batch))
+            width = self._handed
+            expected = Expectation(Kind.HIDDEN, step, 0, Dtype.F32, batch.rows, width or self._hidden)
+            handed = await self._source.receive(expected, into=None if width else executor.residual(batch))
+            if width:
+                executor.take(batch, handed)
         for lane in self._peers:
             await lane.send_tensor(Kind.HIDDEN, step, 0, executor.residual(batch))
         now = time.perf_counter()
@@ -96,9 +113,9 @@ class StageRunner:
                 before, now = now, time.perf_counter()
                 meter.exchange_s += now - before
         if self._following:
-            hidden = executor.hidden(batch)
+            handed = executor.hand_on(batch)
             for lane in self._following:
-                await lane.send_tensor(Kind.HIDDEN, step, 0, hidden)
+                await lane.send_tensor(Kind.HIDDEN, step, 0, handed)
             meter.exchange_s += time.perf_counter() - now
 
     @property

@@ -7,6 +7,7 @@ share decides. An exchange costs half a measured round trip and the bytes over t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -132,6 +133,7 @@ class ModelSize:
         geometry = manifest.geometry
         self.geometry = geometry
         self.segments = [len(layer.segments) for layer in manifest.layers]
+        self._layers = manifest.layers
         self.heads = AxisBytes([_of_axis(layer.segments, "heads") for layer in manifest.layers], geometry.head_groups)
         self.columns = AxisBytes(
             [_of_axis(layer.segments, "columns") for layer in manifest.layers], geometry.column_groups
@@ -139,10 +141,20 @@ class ModelSize:
         self.vocab = AxisBytes([(manifest.head,)], geometry.vocab_groups)
         self.all_layers = Range(0, len(manifest.layers))
         self.embedding_bytes = sum(piece.size for piece in manifest.embedding.pieces)
-        self.rope_bytes = manifest.rope_cos.size + manifest.rope_sin.size
+        self.rope_bytes = sum(table.cos.size + table.sin.size for tables in manifest.ropes.values() for table in tables)
         self.wire_value_bytes = 8 if manifest.numeric_class.exact else 4
         heads_per_group = -(-geometry.kv_heads // geometry.head_groups)
         self.kv_token_group_bytes = 2 * 4 * heads_per_group * geometry.head_dim  # keys and values, float32, one layer
+
+    def exchanges(self, layers: Range) -> Counter[int]:
+        """Exchanges of one row by their size in bytes: how many of each."""
+        values = (
+            segment.width or self.geometry.hidden
+            for layer in self._layers[layers.start : layers.stop]
+            for segment in layer.segments
+            if segment.exchange
+        )
+        return Counter(value * self.wire_value_bytes for value in values)
 
     def kv_bytes(self, layers: Range, heads: Range, *, tokens: int) -> int:
         """Key-value state of one session of `tokens` tokens."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -11,15 +11,27 @@ import numpy as np
 
 from ganglion.partitioner.checkpoint import Checkpoint, open_checkpoint, read_config
 from ganglion.partitioner.families import family_of
-from ganglion.partitioner.families.base import Model, SegmentPlan, head, largest_block, split_model
+from ganglion.partitioner.families.base import RopeVariant, largest_block, split_model
+from ganglion.partitioner.families.plans import SegmentPlan
 from ganglion.partitioner.graphs import OPSET, build_graph
 from ganglion.partitioner.safetensors import READABLE, Tensor
 from ganglion.partitioner.sink import PieceSink
 from ganglion.partitioner.slots import Array, cut_group, cut_whole, slots_of
 from ganglion.wire.errors import InvalidRequest, Unsupported
-from ganglion.wire.nouns import Embedding, Layer, Manifest, NumericClass, PieceRef, Segment, Slot
+from ganglion.wire.nouns import (
+    MANIFEST_FORMAT,
+    Embedding,
+    Layer,
+    Manifest,
+    NumericClass,
+    PieceRef,
+    RopeTable,
+    Segment,
+    Slot,
+)
 
 EMBEDDING: Final = "model.embed_tokens.weight"
+ROPE_ROWS: Final = 8192  # positions whose angles are in memory at once
 Progress = Callable[[int, int], None]  # bytes of the checkpoint done, bytes in all
 
 
@@ -58,8 +70,8 @@ def partition(
     family = family_of(checkpoint.config)
     model = family.read(checkpoint.config)
     split = split_model(model, numeric_class)
-    plans, last = family.layer(model, split), head(model, split)
-    by_layer = [[plan.at_layer(layer) for plan in plans] for layer in range(model.layers)]
+    last = family.head(model, split)
+    by_layer = [[plan.at_layer(layer) for plan in family.layer(model, split, layer)] for layer in range(model.layers)]
     embedded = checkpoint.tensor(EMBEDDING, model.vocab, model.hidden)
     # Every tensor is looked up before the first piece is cut: what is missing is known at once.
     read = [
@@ -69,19 +81,19 @@ def partition(
     ]
     total = embedded.data.nbytes + sum(tensor.data.nbytes for tensor in read)
     cutter = _Cutter(checkpoint, sink, numeric_class, _Meter(total, progress))
-    embedding = cutter.embedding(embedded, split.geometry.vocab_group_rows)
+    embedding = cutter.embedding(embedded, split.geometry.vocab_group_rows, model.embedding_scale)
     layers = tuple(Layer(segments=tuple(cutter.segment(plan) for plan in layer)) for layer in by_layer)
     output = cutter.segment(last)
-    graphs = dict(
-        sorted(
-            (f"{plan.kind}/{count}", sink.put(build_graph(plan, segment, count, model, numeric_class)))
-            for plan, segment in zip((*plans, last), (*layers[0].segments, output), strict=True)
-            for count in range(1, plan.groups + 1)
-        )
-    )
-    cos, sin = (np.concatenate(parts) for parts in zip(*_rope_blocks(model), strict=True))
+    kinds: dict[str, tuple[SegmentPlan, Segment]] = {last.kind: (last, output)}
+    for plan_layer, layer in zip(by_layer, layers, strict=True):
+        kinds |= {plan.kind: (plan, segment) for plan, segment in zip(plan_layer, layer.segments, strict=True)}
+    graphs = {
+        f"{kind}/{count}": sink.put(build_graph(plan, segment, count, model, numeric_class))
+        for kind, (plan, segment) in sorted(kinds.items())
+        for count in _counts(plan)
+    }
     return Manifest(
-        format_version=1,
+        format_version=MANIFEST_FORMAT,
         name=name,
         family=model.family,
         source_digest=checkpoint.digest,
@@ -91,8 +103,8 @@ def partition(
         layers=layers,
         head=output,
         embedding=embedding,
-        rope_cos=cutter.put(cos),
-        rope_sin=cutter.put(sin),
+        ropes={name: tuple(cutter.rope(variant) for variant in variants) for name, variants in model.ropes},
+        handover="parts" if last.entry.post is not None or last.entry.scale != 1.0 else "sum",
         graphs=graphs,
         tokenizer={file: sink.put(path.read_bytes()) for file, path in sorted(checkpoint.tokenizer.items())},
         bos_id=checkpoint.bos_id,
@@ -127,8 +139,8 @@ class _Cutter:
     def segment(self, plan: SegmentPlan) -> Segment:
         """Cut every group of a segment."""
         pieces: dict[str, list[PieceRef]] = {}
-        for whole in plan.wholes:
-            pieces[whole.slot] = [self.put(cut_whole(whole, self.checkpoint))]
+        for cut in cut_whole(plan, self.checkpoint, self.numeric_class):
+            pieces |= {slot: [self.put(array)] for slot, array in cut.items()}
         read = sum(self.checkpoint.tensor(name, *shape).data.nbytes for name, shape in plan.tensors().items())
         for group in range(plan.groups):
             for cut in cut_group(plan, self.checkpoint, self.numeric_class, group):
@@ -139,13 +151,26 @@ class _Cutter:
             kind=plan.kind,
             axis=plan.axis,
             groups=plan.groups,
+            attends=plan.attends,
+            rope=plan.rope,
+            exchange=plan.exchange,
+            width=plan.width,
+            carry=plan.carry,
+            takes=plan.entry.mode,
             slots=tuple(
                 Slot(name=slot.name, join=slot.join, rows=slot.rows, pieces=tuple(pieces[slot.name]))
                 for slot in slots_of(plan, self.numeric_class)
             ),
         )
 
-    def embedding(self, tensor: Tensor, rows: int) -> Embedding:
+    def rope(self, variant: RopeVariant) -> RopeTable:
+        """Cosine and sine of every position, in blocks of rows."""
+        blocks = (range(start, variant.context)[:ROPE_ROWS] for start in range(0, variant.context, ROPE_ROWS))
+        parts = [variant.rope.rows(block.start, block.stop) for block in blocks]
+        cos, sin = (self.put(np.concatenate(table)) for table in zip(*parts, strict=True))
+        return RopeTable(context=variant.context, cos=cos, sin=sin)
+
+    def embedding(self, tensor: Tensor, rows: int, scale: float) -> Embedding:
         """The embedding as it is stored, by vocabulary groups of `rows` rows; the last is padded with zero rows."""
         if tensor.dtype not in READABLE:
             raise Unsupported(f"tensor {tensor.name}: dtype {tensor.dtype}; supported are {', '.join(READABLE)}")
@@ -155,9 +180,9 @@ class _Cutter:
             missing = rows * (tensor.data.nbytes // vocab) - stored.nbytes
             pieces.append(self.sink.put(stored if not missing else bytes(stored) + bytes(missing)))
             self.meter.add(stored.nbytes)
-        return Embedding(dtype=READABLE[tensor.dtype], pieces=tuple(pieces))
+        return Embedding(dtype=READABLE[tensor.dtype], pieces=tuple(pieces), scale=scale)
 
 
-def _rope_blocks(model: Model, rows: int = 8192) -> Iterable[tuple[Array, Array]]:
-    for start in range(0, model.context, rows):
-        yield model.rope.rows(start, min(start + rows, model.context))
+def _counts(plan: SegmentPlan) -> range:
+    """The shares that a graph is built for; one without a group has work only where it takes the residual."""
+    return range(0 if plan.entry.mode != "carry" and plan.kind != "head" else 1, plan.groups + 1)

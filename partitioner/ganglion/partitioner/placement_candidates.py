@@ -260,17 +260,16 @@ def _finish(request: Request, outcome: Outcome, parts: Sequence[Slice], stages: 
     size, network = request.size, request.network
     context, sessions = rung
     by_id = {part.device.node_id: part for part in parts}
-    row_bytes = request.manifest.geometry.hidden * size.wire_value_bytes
-    hidden_bytes = request.manifest.geometry.hidden * 4
+    hidden_bytes = request.manifest.geometry.hidden * (8 if request.manifest.handover == "parts" else 4)
     compute_s = handover_s = sums_s = 0.0
     sums = handovers = 0
     for index, stage in enumerate(stages):
         ids = [share.device for share in stage.shares]
         compute_s += _stage_s(size, stage, by_id)
-        segments = sum(size.segments[stage.layers.start : stage.layers.stop])
         if len(ids) > 1:
-            sums += segments
-            sums_s += segments * exchange_s(network, ids, stage.topology, row_bytes)
+            for row_bytes, count in size.exchanges(stage.layers).items():
+                sums += count
+                sums_s += count * exchange_s(network, ids, stage.topology, row_bytes)
         handed = [device for device in ids if device != stages[0].shares[0].device] if index == 0 else ids
         sender = stages[max(0, index - 1)].shares[0].device
         if handed:

@@ -171,10 +171,12 @@ class Link(_message.Message):
     def __init__(self, node_id: _Optional[str] = ..., reachable: bool = ..., rtt_s: _Optional[float] = ..., bytes_per_s: _Optional[float] = ...) -> None: ...
 
 class HeldModels(_message.Message):
-    __slots__ = ("manifest_digests",)
+    __slots__ = ("manifest_digests", "partial_manifest_digests")
     MANIFEST_DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    PARTIAL_MANIFEST_DIGESTS_FIELD_NUMBER: _ClassVar[int]
     manifest_digests: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, manifest_digests: _Optional[_Iterable[str]] = ...) -> None: ...
+    partial_manifest_digests: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, manifest_digests: _Optional[_Iterable[str]] = ..., partial_manifest_digests: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Reprobe(_message.Message):
     __slots__ = ()

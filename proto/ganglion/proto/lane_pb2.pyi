@@ -59,16 +59,34 @@ class StepEntry(_message.Message):
     def __init__(self, session: _Optional[int] = ..., start: _Optional[int] = ..., count: _Optional[int] = ..., draw: _Optional[_Union[Draw, _Mapping]] = ...) -> None: ...
 
 class Draw(_message.Message):
-    __slots__ = ("candidates", "temperature", "seed", "position")
+    __slots__ = ("candidates", "temperature", "seed", "position", "repetition_penalty", "adjustments", "allowed")
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    ADJUSTMENTS_FIELD_NUMBER: _ClassVar[int]
+    ALLOWED_FIELD_NUMBER: _ClassVar[int]
     candidates: int
     temperature: float
     seed: int
     position: int
-    def __init__(self, candidates: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
+    repetition_penalty: float
+    adjustments: _containers.RepeatedCompositeFieldContainer[Adjustment]
+    allowed: bytes
+    def __init__(self, candidates: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., position: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., adjustments: _Optional[_Iterable[_Union[Adjustment, _Mapping]]] = ..., allowed: _Optional[bytes] = ...) -> None: ...
+
+class Adjustment(_message.Message):
+    __slots__ = ("id", "bias", "repeated", "subtract")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    BIAS_FIELD_NUMBER: _ClassVar[int]
+    REPEATED_FIELD_NUMBER: _ClassVar[int]
+    SUBTRACT_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    bias: float
+    repeated: bool
+    subtract: float
+    def __init__(self, id: _Optional[int] = ..., bias: _Optional[float] = ..., repeated: bool = ..., subtract: _Optional[float] = ...) -> None: ...
 
 class Candidates(_message.Message):
     __slots__ = ("ids", "logits", "log_sum_exp", "best_id", "best_score", "best_logit", "scaled_log_sum_exp", "numeric_error")
@@ -115,38 +133,56 @@ class SessionRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[_identity_pb2.Hello, _Mapping]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("request_id", "prompt", "max_tokens", "sampling", "stop_ids")
+    __slots__ = ("request_id", "prompt", "max_tokens", "sampling", "stop_ids", "grammar")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     STOP_IDS_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
     max_tokens: int
     sampling: Sampling
     stop_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stop_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    grammar: str
+    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stop_ids: _Optional[_Iterable[int]] = ..., grammar: _Optional[str] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class Sampling(_message.Message):
-    __slots__ = ("temperature", "top_k", "top_p", "min_p", "seed", "top_logprobs")
+    __slots__ = ("temperature", "top_k", "top_p", "min_p", "seed", "top_logprobs", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
     MIN_P_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    LOGIT_BIAS_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_k: int
     top_p: float
     min_p: float
     seed: int
     top_logprobs: int
-    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., top_logprobs: _Optional[int] = ...) -> None: ...
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: _containers.RepeatedCompositeFieldContainer[TokenBias]
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., top_logprobs: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Iterable[_Union[TokenBias, _Mapping]]] = ...) -> None: ...
+
+class TokenBias(_message.Message):
+    __slots__ = ("id", "bias")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    BIAS_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    bias: float
+    def __init__(self, id: _Optional[int] = ..., bias: _Optional[float] = ...) -> None: ...
 
 class SessionEvent(_message.Message):
     __slots__ = ("hello", "accepted", "tokens", "finished", "failed")

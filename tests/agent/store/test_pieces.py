@@ -23,6 +23,7 @@ from ganglion.wire.nouns import (
     PieceRef,
     Plan,
     Range,
+    RopeTable,
     Segment,
     Share,
     Slot,
@@ -186,11 +187,11 @@ def tiny() -> tuple[Manifest, Plan]:
             )
         )
 
-    graphs = {f"attention/{n}": ref(f"ga{n}") for n in (1, 2)} | {f"mlp/{n}": ref(f"gm{n}") for n in (1, 2, 3, 4)}
+    graphs = {f"attention/{n}": ref(f"ga{n}") for n in (0, 1, 2)} | {f"mlp/{n}": ref(f"gm{n}") for n in (0, 1, 2, 3, 4)}
     graphs |= {f"head/{n}": ref(f"gh{n}") for n in (1, 2)}
     numeric = NumericClass(format="fp32", block=0, exact=True)
     manifest = Manifest(
-        format_version=1,
+        format_version=2,
         name="tiny",
         family="llama",
         source_digest="1" * 64,
@@ -213,8 +214,8 @@ def tiny() -> tuple[Manifest, Plan]:
         layers=(layer(0), layer(1)),
         head=Segment(kind="head", axis="columns", groups=2, slots=slots("h", 2)),
         embedding=Embedding(dtype="float32", pieces=(ref("e0"), ref("e1"))),
-        rope_cos=ref("cos"),
-        rope_sin=ref("sin"),
+        ropes={"default": (RopeTable(context=64, cos=ref("cos"), sin=ref("sin")),)},
+        handover="sum",
         graphs=graphs,
         tokenizer={"tokenizer.json": ref("tok")},
         bos_id=None,
@@ -254,7 +255,9 @@ def test_needed_pieces_are_those_of_the_share_and_its_graphs():
     norms = [f"{kind}{n}-norm" for n in (0, 1) for kind in "am"]
     assert lead == names("e0", "e1", "cos", "sin", "ga2", "gm3", *layers, *norms)
     other = {piece.digest for piece in needed_pieces(manifest, plan, "b" * 26)}
-    assert other == names("cos", "sin", "gm1", "gh2", "m0-norm", "m0-3", "m1-norm", "m1-3", "h-norm", "h-0", "h-1")
+    kept = ("ga0", "a0-norm", "a1-norm")  # without heads it still keeps the residual
+    columns = ("gm1", "m0-norm", "m0-3", "m1-norm", "m1-3")
+    assert other == names("cos", "sin", *kept, *columns, "gh2", "h-norm", "h-0", "h-1")
     assert lead | other <= {piece.digest for piece in all_pieces(manifest)}
     with pytest.raises(NotFound, match="no share for device"):
         needed_pieces(manifest, plan, "c" * 26)

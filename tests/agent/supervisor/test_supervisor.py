@@ -34,6 +34,7 @@ from ganglion.wire.nouns import (
     NumericClass,
     Plan,
     Range,
+    RopeTable,
     Segment,
     Share,
     Slot,
@@ -84,7 +85,7 @@ def model(store: PieceStore) -> Manifest:
         return (Slot(name="w", join="rows", rows=1, pieces=(store.put(tag.encode() * 1000),)),)
 
     return Manifest(
-        format_version=1,
+        format_version=2,
         name="tiny",
         family="llama",
         source_digest="1" * 64,
@@ -114,8 +115,8 @@ def model(store: PieceStore) -> Manifest:
         ),
         head=Segment(kind="head", axis="columns", groups=1, slots=slots("h")),
         embedding=Embedding(dtype="float32", pieces=(store.put(b"e" * 512),)),
-        rope_cos=store.put(b"c" * 64),
-        rope_sin=store.put(b"s" * 64),
+        ropes={"default": (RopeTable(context=16, cos=store.put(b"c" * 64), sin=store.put(b"s" * 64)),)},
+        handover="sum",
         graphs={f"{kind}/1": store.put(kind.encode()) for kind in ("attention", "mlp", "head")},
         tokenizer={"tokenizer.json": store.put(b"{}")},
         bos_id=None,

@@ -23,6 +23,7 @@ class EmbeddingTable:
         self._dtype: np.dtype[Any] = np.dtype(_STORED[manifest.embedding.dtype])
         self._group_rows = geometry.vocab_group_rows
         self._hidden = geometry.hidden
+        self._scale = np.float32(manifest.embedding.scale)
         self._groups: list[NDArray[Any]] = []
         expected = self._group_rows * self._hidden * self._dtype.itemsize
         for piece in manifest.embedding.pieces:
@@ -39,3 +40,5 @@ class EmbeddingTable:
                 np.left_shift(stored, 16, out=into[row].view(np.uint32), dtype=np.uint32, casting="unsafe")
             else:
                 into[row] = stored
+        if self._scale != 1.0:
+            into[: len(ids)] *= self._scale

@@ -3,7 +3,7 @@
     batch = executor.begin(entries)            # validated; executor.residual(batch) is to be filled
     for index in range(executor.segments):
         partial = executor.run(batch, index)   # this device's partial sum: make it the sum over devices, in place
-    executor.hidden(batch) or executor.logits(batch, rows)
+    executor.hand_on(batch) or executor.logits(batch, rows)
 
 Numbers do not depend on what else is in a step: attention runs per session. Graphs of exact classes give attention an
 even number of rows; for an odd number they write one position beyond the session's rows, which its next row overwrites,
@@ -14,16 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ganglion.agent.executor.buffers import Delta, Rows, as_value
 from ganglion.agent.executor.kv import KeyValueLedger, SessionState, capacity_for
-from ganglion.agent.executor.loader import Shard
-from ganglion.wire.errors import Corrupt, Exhausted, ProtocolViolation
-from ganglion.wire.nouns import Manifest, Plan
+from ganglion.agent.executor.loader import LoadedSegment, Shard
+from ganglion.wire.errors import Corrupt, Exhausted, InvalidDocument, ProtocolViolation
+from ganglion.wire.nouns import Manifest, Plan, RopeTable
 from ganglion.wire.shares import OpenPiece
 
 
@@ -57,18 +57,21 @@ class Executor:
         self._exact = manifest.numeric_class.exact
         self._plan = plan
         self._group_rows = geometry.vocab_group_rows
-        groups = [one.groups for one in shard.segments if one.axis == "heads"]
+        self._attention = [index for index, one in enumerate(shard.segments) if one.attends]
+        groups = [shard.segments[index].groups for index in self._attention]
         budget = KeyValueLedger.bytes_per_token(groups, geometry.head_dim) * capacity_for(plan.context) * plan.sessions
         self._ledger = KeyValueLedger(groups, geometry.head_dim, budget)
         capacity = max(plan.chunk, plan.sessions)
-        self._alone = Rows(capacity, geometry.hidden, exact=self._exact)  # steps of one session, and entries
-        self._together = Rows(capacity, geometry.hidden, exact=self._exact)  # rows of several sessions
+        sums = max((one.segment.width for one in shard.segments), default=0)
+        carry = max((one.segment.carry * one.groups for one in shard.segments), default=0)
+        # Steps of one session, and entries; then rows of several sessions.
+        self._alone, self._together = (
+            Rows(capacity, geometry.hidden, exact=self._exact, sums=sums, carry=carry) for _ in range(2)
+        )
         self._head_rows = Rows(plan.sessions, geometry.hidden, exact=self._exact)
-        shape = (geometry.context, geometry.head_dim // 2)
-        tables = (_table(open_piece(one.digest), shape) for one in (manifest.rope_cos, manifest.rope_sin))
-        self._rope = tuple(table[: plan.context].copy() for table in tables)
-        self._rope_values = tuple(as_value(table) for table in self._rope)
-        self._attention = [index for index, one in enumerate(shard.segments) if one.axis == "heads"]
+        self._parts = manifest.handover == "parts"
+        self._ropes = {name: rope_tables(tables, plan.context, open_piece) for name, tables in manifest.ropes.items()}
+        self._rope_values = {name: tuple(as_value(one) for one in pair) for name, pair in self._ropes.items()}
         self._bound: dict[int, dict[int, Any]] = {}  # session -> segment -> binding for one row
 
     @property
@@ -135,76 +138,89 @@ class Executor:
         """The current residual [rows, hidden] float32; to be filled before the first segment."""
         return batch.buffers.res[batch.parity][: batch.rows]
 
-    def partial(self, batch: Batch) -> Delta:
-        """What the last segment left, and after the exchange the sum: [rows, hidden]."""
-        return batch.buffers.delta[batch.parity][: batch.rows]
+    def take(self, batch: Batch, handed: NDArray[np.float32]) -> None:
+        """Begin with what the stage before handed on, in the shape of `handed_width`."""
+        hidden = self._head_rows.res[0].shape[1]
+        batch.buffers.res[batch.parity][: batch.rows] = handed[:, :hidden]
+        if self._parts:
+            batch.buffers.delta[batch.parity][: batch.rows] = handed[:, hidden:]
+
+    def hand_on(self, batch: Batch) -> NDArray[np.float32]:
+        """What the next stage begins with: [rows, handed_width] float32."""
+        buffers, parity, rows = batch.buffers, batch.parity, batch.rows
+        delta: NDArray[np.float32] = buffers.delta[parity][:rows].astype(np.float32, copy=False)
+        residual = buffers.res[parity][:rows]
+        return np.concatenate((residual, delta), axis=1) if self._parts else residual + delta
+
+    @property
+    def handed_width(self) -> int:
+        """Numbers a row that travel between stages."""
+        return self._head_rows.res[0].shape[1] * (2 if self._parts else 1)
 
     def run(self, batch: Batch, index: int) -> Delta:
-        """Run segment `index`; returns `partial`, which holds no sum yet where this device's share is empty."""
-        segment = self._shard.segments[index]
-        if segment.session is None:
-            self._pass(batch)
-        elif segment.axis == "columns":
-            binding = batch.buffers.columns(index, segment.session, batch.parity, batch.rows)
-            segment.session.run_with_iobinding(binding)
-        elif batch.buffers is self._alone:
-            self._attend(index, segment.session, batch.entries[0], batch.parity)
+        """Run segment `index`; returns its partial sum: [rows, width], zeros where this device has no group of it."""
+        one, before = self._shard.segments[index], self._shard.segments[index - 1] if index else None
+        buffers, parity, rows = batch.buffers, batch.parity, batch.rows
+        partial = buffers.partial(one, parity, rows)
+        if one.session is None:  # only where it takes no residual: nothing to keep, nothing to add
+            partial[...] = 0.0
+        elif not one.attends:
+            one.session.run_with_iobinding(buffers.stateless(index, one, before, parity, rows))
+        elif buffers is self._alone:
+            self._attend(index, one, batch.entries[0], parity)
         else:
-            self._attend_each(index, segment.session, batch)
-        batch.parity = 1 - batch.parity
-        return self.partial(batch)
+            self._attend_each(index, one, batch)
+        if one.segment.takes != "carry":
+            batch.parity = 1 - parity
+        return partial
 
-    def _pass(self, batch: Batch) -> None:
-        """What every graph does to the residual: res + delta in float32; the partial sum is left as zero."""
-        buffers, rows, parity = batch.buffers, slice(batch.rows), batch.parity
-        delta = buffers.delta[parity][rows].astype(np.float32, copy=False)
-        np.add(buffers.res[parity][rows], delta, out=buffers.res[1 - parity][rows])
-        buffers.delta[1 - parity][rows] = 0.0
-
-    def _attend_each(self, index: int, session: Any, batch: Batch) -> None:
+    def _attend_each(self, index: int, one: LoadedSegment, batch: Batch) -> None:
         alone, together, parity = self._alone, batch.buffers, batch.parity
+        before = self._shard.segments[index - 1]
         for entry in batch.entries:
             span, rows = slice(entry.first, entry.first + entry.count), slice(entry.count)
-            alone.res[parity][rows] = together.res[parity][span]
-            alone.delta[parity][rows] = together.delta[parity][span]
-            self._attend(index, session, entry, parity)
-            together.res[1 - parity][span] = alone.res[1 - parity][rows]
-            together.delta[1 - parity][span] = alone.delta[1 - parity][rows]
+            if one.segment.takes == "carry":
+                alone.carried(before, entry.count)[...] = together.carried(before, batch.rows)[span]
+                alone.partial(before, parity, entry.count)[...] = together.partial(before, parity, batch.rows)[span]
+            else:
+                alone.res[parity][rows] = together.res[parity][span]
+                alone.delta[parity][rows] = together.delta[parity][span]
+            self._attend(index, one, entry, parity)
+            if one.segment.takes != "carry":
+                together.res[1 - parity][span] = alone.res[1 - parity][rows]
+            together.partial(one, parity, batch.rows)[span] = alone.partial(one, parity, entry.count)
 
-    def _attend(self, index: int, session: Any, entry: SessionRows, parity: int) -> None:
-        state = entry.state
+    def _attend(self, index: int, one: LoadedSegment, entry: SessionRows, parity: int) -> None:
+        state, session = entry.state, cast("Any", one.session)
         state.total[0] = entry.start + entry.count
         state.seqlens[0] = entry.start + entry.count - 1
         if entry.count > 1:
-            session.run_with_iobinding(self._bind_attention(index, session, state, parity, entry.count))
+            session.run_with_iobinding(self._bind_attention(index, one, state, parity, entry.count))
             return
         bound = self._bound.setdefault(entry.session, {})
         binding = bound.get(index)
         if binding is None:
-            binding = bound[index] = self._bind_attention(index, session, state, parity, 1)
+            binding = bound[index] = self._bind_attention(index, one, state, parity, 1)
         session.run_with_iobinding(binding)
 
-    def _bind_attention(self, index: int, session: Any, state: SessionState, parity: int, rows: int) -> Any:
-        binding = self._alone.bind(session, parity, rows)
+    def _bind_attention(self, index: int, one: LoadedSegment, state: SessionState, parity: int, rows: int) -> Any:
+        before = self._shard.segments[index - 1] if index else None
+        binding = self._alone.bind(one, before, parity, rows)
         place = self._attention.index(index)
         keys, values = as_value(state.keys[place]), as_value(state.values[place])
-        for name, value in (
+        inputs = [
             ("past_key", keys),
             ("past_value", values),
             ("seqlens_k", as_value(state.seqlens)),
             ("total", as_value(state.total)),
-            ("cos", self._rope_values[0]),
-            ("sin", self._rope_values[1]),
-        ):
+        ]
+        if one.segment.rope:
+            inputs += zip(("cos", "sin"), self._rope_values[one.segment.rope], strict=True)
+        for name, value in inputs:
             binding.bind_ortvalue_input(name, value)
         binding.bind_ortvalue_output("present_key", keys)  # the same buffer as the past: written in place
         binding.bind_ortvalue_output("present_value", values)
         return binding
-
-    def hidden(self, batch: Batch) -> NDArray[np.float32]:
-        """Residual plus delta: [rows, hidden] float32, the input of the next stage."""
-        delta: NDArray[np.float32] = self.partial(batch).astype(np.float32, copy=False)
-        return self.residual(batch) + delta
 
     def logits(self, batch: Batch, rows: Sequence[int]) -> NDArray[np.float32]:
         """The head on the given rows of the step: [len(rows), vocabulary rows of this share] float32."""
@@ -219,7 +235,20 @@ class Executor:
         return logits
 
 
-def _table(data: memoryview, shape: tuple[int, int]) -> NDArray[np.float32]:
-    if len(data) != shape[0] * shape[1] * 4:
-        raise Corrupt(f"rope table: {len(data)} bytes, expected {shape[0] * shape[1] * 4}")
-    return np.frombuffer(data, np.float32).reshape(shape)
+def rope_tables(
+    tables: Sequence[RopeTable], context: int, open_piece: OpenPiece
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Cosine and sine of a rope up to `context`, each [context, half]: of its tables the first that is long enough.
+
+    Raises InvalidDocument when none is, Corrupt when a table has not the shape that it is named with.
+    """
+    chosen = next((one for one in tables if one.context >= context), None)
+    if chosen is None:
+        raise InvalidDocument(f"manifest: no rope table for a context of {context} tokens")
+    pair = []
+    for piece in (chosen.cos, chosen.sin):
+        data = open_piece(piece.digest)
+        if not len(data) or len(data) % (chosen.context * 4):
+            raise Corrupt(f"rope table: {len(data)} bytes are no rows for {chosen.context} positions")
+        pair.append(np.frombuffer(data, np.float32).reshape(chosen.context, -1)[:context].copy())
+    return pair[0], pair[1]

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import onnxruntime as ort
 
@@ -16,11 +16,6 @@ from ganglion.wire.nouns import WEIGHTS_FILE, Manifest, NumericClass, Range, Seg
 from ganglion.wire.shares import OpenPiece, weights_size, write_weights
 
 GRAPH_FILE: Final = "graph.onnx"
-_COLUMNS_INPUTS: Final = {"res", "delta"}
-_HEADS_INPUTS: Final = _COLUMNS_INPUTS | {"past_key", "past_value", "seqlens_k", "total", "cos", "sin"}
-_COLUMNS_OUTPUTS: Final = {"res_out", "partial"}
-_HEADS_OUTPUTS: Final = _COLUMNS_OUTPUTS | {"present_key", "present_value"}
-
 _pool_lock = threading.Lock()
 _pool_threads: int | None = None
 
@@ -56,11 +51,16 @@ def _options() -> ort.SessionOptions:
 
 @dataclass(frozen=True, slots=True)
 class LoadedSegment:
-    """A segment of this device. `session` is None where its share is empty; `groups`: how many it has."""
+    """A segment of this device and how many groups of it; `session` is None where there is nothing to run."""
 
-    axis: Literal["heads", "columns"]
+    segment: Segment
     groups: int
     session: Any | None
+
+    @property
+    def attends(self) -> bool:
+        """Whether it has key-value state on this device."""
+        return self.segment.attends and self.groups > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,12 @@ def _parts(manifest: Manifest, stage: Stage, share: Share) -> Iterator[_Part]:
 def _part(name: str, segment: Segment, groups: Range) -> _Part:
     if groups.stop > segment.groups:
         raise InvalidDocument(f"plan: groups ..{groups.stop} of segment {name}, the manifest has {segment.groups}")
-    return _Part(name, segment, groups, weights_size(segment, groups) if groups.count else 0)
+    return _Part(name, segment, groups, weights_size(segment, groups) if _runs(name, segment, groups) else 0)
+
+
+def _runs(name: str, segment: Segment, groups: Range) -> bool:
+    """Whether there is a graph to run: without a group only where the residual must be kept as the others have it."""
+    return groups.count > 0 or (segment.takes != "carry" and name != "head")
 
 
 def load_shard(
@@ -114,10 +119,11 @@ def load_shard(
     total, done = sum(part.size for part in parts), 0
     loaded = []
     for part in parts:
-        session = _load(manifest, part, open_piece, folder / part.name) if part.share.count else None
+        runs = _runs(part.name, part.segment, part.share)
+        session = _load(manifest, part, open_piece, folder / part.name) if runs else None
         done += part.size
         progress(done, total)
-        loaded.append(LoadedSegment(part.segment.axis, part.share.count, session))
+        loaded.append(LoadedSegment(part.segment, part.share.count, session))
     head = loaded.pop()
     return Shard(tuple(loaded), head if head.session is not None else None, total)
 
@@ -141,15 +147,26 @@ def _load(manifest: Manifest, part: _Part, open_piece: OpenPiece, folder: Path) 
     return session
 
 
+def _ends(part: _Part) -> tuple[set[str], set[str]]:
+    """The inputs and outputs of a segment's graph, as `Manifest` has them."""
+    segment = part.segment
+    if part.name == "head":
+        return {"res", "delta"}, {"logits"}
+    inputs, outputs = {"res", "delta"}, {"res_out", "partial"}
+    if segment.takes == "carry":
+        inputs, outputs = {"carry", "delta"}, {"partial"}
+    if part.share.count and segment.carry:
+        outputs.add("carry")
+    if part.share.count and segment.attends:
+        inputs |= {"past_key", "past_value", "seqlens_k", "total"} | ({"cos", "sin"} if segment.rope else set())
+        outputs |= {"present_key", "present_value"}
+    return inputs, outputs
+
+
 def _check_ends(name: str, session: Any, part: _Part, numeric_class: NumericClass) -> None:
-    inputs, outputs = _COLUMNS_INPUTS, _COLUMNS_OUTPUTS
-    if part.segment.axis == "heads":
-        inputs, outputs = _HEADS_INPUTS, _HEADS_OUTPUTS
-    elif part.name == "head":
-        outputs = {"logits"}
     types = {one.name: one.type for one in (*session.get_inputs(), *session.get_outputs())}
     found = ({one.name for one in session.get_inputs()}, {one.name for one in session.get_outputs()})
-    if found != (inputs, outputs):
+    if found != _ends(part):
         raise Corrupt(f"graph {name}: inputs {sorted(found[0])}, outputs {sorted(found[1])} are not the contract's")
     wide = "tensor(double)" if numeric_class.exact else "tensor(float)"
     for end in ("delta", "partial"):

@@ -33,7 +33,7 @@ def all_pieces(manifest: Manifest) -> tuple[PieceRef, ...]:
         for slot in manifest.head.slots:
             yield from slot.pieces
         yield from manifest.embedding.pieces
-        yield from (manifest.rope_cos, manifest.rope_sin)
+        yield from _ropes(manifest)
         yield from manifest.graphs.values()
         yield from manifest.tokenizer.values()
 
@@ -47,7 +47,7 @@ def _of_share(manifest: Manifest, stage: Stage, share: Share, *, lead: bool) -> 
         )
     if lead:
         yield from manifest.embedding.pieces
-    yield from (manifest.rope_cos, manifest.rope_sin)
+    yield from _ropes(manifest)
     for layer in manifest.layers[stage.layers.start : stage.layers.stop]:
         for segment in layer.segments:
             yield from _of_segment(manifest, segment, share.heads if segment.axis == "heads" else share.columns)
@@ -55,7 +55,7 @@ def _of_share(manifest: Manifest, stage: Stage, share: Share, *, lead: bool) -> 
 
 
 def _of_segment(manifest: Manifest, segment: Segment, groups: Range) -> Iterator[PieceRef]:
-    if groups.count == 0:
+    if groups.count == 0 and (segment.takes == "carry" or segment is manifest.head):
         return
     name = f"{segment.kind}/{groups.count}"
     if name not in manifest.graphs:
@@ -65,6 +65,12 @@ def _of_segment(manifest: Manifest, segment: Segment, groups: Range) -> Iterator
     yield manifest.graphs[name]
     for slot in segment.slots:
         yield from share_pieces(slot, groups)
+
+
+def _ropes(manifest: Manifest) -> Iterator[PieceRef]:
+    for tables in manifest.ropes.values():
+        for table in tables:
+            yield from (table.cos, table.sin)
 
 
 def _unique(pieces: Iterable[PieceRef]) -> tuple[PieceRef, ...]:

@@ -1,17 +1,23 @@
-"""What a family declares: how its configuration reads, and the segments of a layer with their exchange points.
-
-A segment ends where the devices of a stage must exchange. Each is a norm, one product with the matrices that are cut by
-outputs (`joined`), something of its own kind in between, and the product with a matrix cut by inputs (`summed`), which
-leaves the partial sum.
-"""
+"""What families share: the facts of a model as read from config.json, its split in groups, and the usual segments."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Final, Literal
+from dataclasses import dataclass
+from typing import Any, Final, Literal
 
 from ganglion.partitioner.config import Config
+from ganglion.partitioner.families.plans import (
+    Activation,
+    Attention,
+    Entry,
+    GatedMlp,
+    Head,
+    Linear,
+    Norm,
+    SegmentPlan,
+    Vector,
+)
 from ganglion.partitioner.rope import Rope, read_rope
 from ganglion.wire.errors import InvalidDocument, Unsupported
 from ganglion.wire.nouns import Geometry, NumericClass
@@ -22,11 +28,25 @@ Block = Literal[16, 32, 64, 128]
 EXACT_HEAD_DIM: Final = 128  # beyond it MLAS sums queries times keys in blocks that depend on the number of keys
 BLOCKS: Final[tuple[Block, ...]] = (128, 64, 32, 16)
 HEAD_QUANTUM: Final = 16  # ONNX Runtime's rotary embedding takes head dimensions that are multiples of 16
+ATTENTION: Final = "model.layers.{layer}.self_attn."
+MLP: Final = "model.layers.{layer}.mlp."
 
 
 @dataclass(frozen=True)
+class RopeVariant:
+    """A rope for deployments of at most `context` tokens: longrope turns otherwise beyond its original context."""
+
+    context: int
+    rope: Rope
+
+
+@dataclass(frozen=True, kw_only=True)
 class Model:
-    """A configuration, read. Sizes in elements; `context` in tokens; `epsilon` of every norm."""
+    """A configuration, read. Sizes in elements; `context` in tokens; `epsilon` of every norm.
+
+    ropes: (name, variants by rising context). layer_ropes, windows: of every layer, a rope's name ("" for none) and the
+    tokens that a token sees (0 for all). attention_scale: of the scores, None for 1 / sqrt(head_dim).
+    """
 
     family: str
     hidden: int
@@ -38,11 +58,25 @@ class Model:
     vocab: int
     context: int
     epsilon: float
-    rope: Rope
+    ropes: tuple[tuple[str, tuple[RopeVariant, ...]], ...]
+    layer_ropes: tuple[str, ...]
+    windows: tuple[int, ...]
     tied: bool
-    attention_bias: bool
-    mlp_bias: bool
-    query_key_norm: bool
+    activation: Activation = "silu"
+    query_bias: bool = False  # of q, k and v
+    output_bias: bool = False  # of o
+    mlp_bias: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float = 0.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
+
+    @property
+    def queries(self) -> int:
+        """Query heads of one key-value head."""
+        return self.heads // self.kv_heads
 
 
 @dataclass(frozen=True)
@@ -54,78 +88,26 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Whole:
-    """A vector that every share holds: slot name, tensor of the checkpoint, length."""
-
-    slot: str
-    tensor: str
-    length: int
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A matrix [outputs, inputs] of the checkpoint (`tensor` without ".weight") and its width per group.
-
-    outputs, inputs: the whole matrix's sizes. width: outputs per group when it is joined, inputs when it is summed; the
-    last group is padded with zeros.
-    """
-
-    slot: str
-    tensor: str
-    outputs: int
-    inputs: int
-    width: int
-    bias: bool = False
-
-
-@dataclass(frozen=True)
-class SegmentPlan:
-    """One segment of a layer: what is cut from the checkpoint, and which graph it runs."""
-
-    kind: Literal["attention", "mlp", "head"]
-    axis: Literal["heads", "columns"]
-    groups: int
-    wholes: tuple[Whole, ...]  # the norm before the product first
-    joined: tuple[Linear, ...]
-    summed: Linear | None
-
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every tensor of the checkpoint that the segment is cut from."""
-        found: dict[str, tuple[int, ...]] = {whole.tensor: (whole.length,) for whole in self.wholes}
-        for matrix in (*self.joined, *((self.summed,) if self.summed else ())):
-            found[f"{matrix.tensor}.weight"] = (matrix.outputs, matrix.inputs)
-            if matrix.bias:
-                found[f"{matrix.tensor}.bias"] = (matrix.outputs,)
-        return found
-
-    def at_layer(self, layer: int) -> SegmentPlan:
-        """The same segment with the tensor names of one layer."""
-        return replace(
-            self,
-            wholes=tuple(replace(w, tensor=w.tensor.format(layer=layer)) for w in self.wholes),
-            joined=tuple(replace(m, tensor=m.tensor.format(layer=layer)) for m in self.joined),
-            summed=self.summed and replace(self.summed, tensor=self.summed.tensor.format(layer=layer)),
-        )
-
-
-@dataclass(frozen=True)
 class Family:
-    """One family: its architectures as config.json names them, its reader, and the segments of a layer in order."""
+    """One family: its architectures as config.json names them, its reader, and the segments of a layer in order.
+
+    final_norm: the checkpoint's norm before the output matrix. few_groups: what happens where more devices are planned
+    than there are key-value heads.
+    """
 
     name: str
     architectures: tuple[str, ...]
-    read: Callable[[Config], Model]
-    layer: Callable[[Model, Split], tuple[SegmentPlan, ...]]
+    read: Callable[[Config], Any]  # a Model, or the family's own kind of it
+    layer: Callable[[Any, Split, int], tuple[SegmentPlan, ...]]
+    head: Callable[[Any, Split], SegmentPlan]
 
 
-def read_dense(
-    config: Config, *, family: str, head_dim: int | None, attention_bias: bool, mlp_bias: bool, query_key_norm: bool
-) -> Model:
-    """Read the fields that dense decoders share; `head_dim` None means hidden / heads when config.json is silent."""
-    if config.text("hidden_act", "silu") != "silu":
-        raise Unsupported(f"{config.where}: hidden_act {config.text('hidden_act')!r}; supported is silu")
-    if config.has("quantization_config"):
-        raise Unsupported(f"{config.where}: an already quantized checkpoint; use the one in bfloat16 or float32")
+def read_dense(config: Config, *, family: str, head_dim: int | None = None, **facts: Any) -> Model:
+    """Read the fields that dense decoders share; `facts` are the family's own and win.
+
+    head_dim: where config.json is silent, None for hidden / heads.
+    """
+    activation = _activation(config)
     hidden, heads = config.whole("hidden_size"), config.whole("num_attention_heads", at_most=4096)
     kv_heads = config.whole("num_key_value_heads", heads, at_most=4096)
     if heads % kv_heads:
@@ -136,23 +118,36 @@ def read_dense(
     if head_dim % HEAD_QUANTUM:
         raise Unsupported(f"{config.where}: head dimension {head_dim}; multiples of {HEAD_QUANTUM} are supported")
     context = config.whole("max_position_embeddings", at_most=2**24)
-    return Model(
-        family=family,
-        hidden=hidden,
-        layers=config.whole("num_hidden_layers", at_most=4096),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        intermediate=config.whole("intermediate_size"),
-        vocab=config.whole("vocab_size"),
-        context=context,
-        epsilon=config.number("rms_norm_eps", 1e-6),
-        rope=read_rope(config, head_dim, context),
-        tied=config.flag("tie_word_embeddings", False),
-        attention_bias=attention_bias,
-        mlp_bias=mlp_bias,
-        query_key_norm=query_key_norm,
-    )
+    layers = config.whole("num_hidden_layers", at_most=4096)
+    read: dict[str, Any] = {
+        "family": family,
+        "hidden": hidden,
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "intermediate": config.whole("intermediate_size"),
+        "vocab": config.whole("vocab_size"),
+        "context": context,
+        "epsilon": config.number("rms_norm_eps", 1e-6),
+        "layer_ropes": ("default",) * layers,
+        "windows": (0,) * layers,
+        "tied": config.flag("tie_word_embeddings", False),
+        "activation": activation,
+    }
+    if "ropes" not in facts:
+        read["ropes"] = (("default", (RopeVariant(context, read_rope(config, head_dim, context)),)),)
+    return Model(**read | facts)
+
+
+def _activation(config: Config) -> Activation:
+    name = config.text("hidden_activation", config.text("hidden_act", "silu"))
+    known: dict[str, Activation] = {
+        "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+    }  # fmt: skip
+    if name not in known:
+        raise Unsupported(f"{config.where}: activation {name!r}; supported are {', '.join(known)}", param="hidden_act")
+    return known[name]
 
 
 def split_model(model: Model, numeric_class: NumericClass) -> Split:
@@ -162,14 +157,14 @@ def split_model(model: Model, numeric_class: NumericClass) -> Split:
             f"{numeric_class.name}: head dimension {model.head_dim}, exact classes go up to {EXACT_HEAD_DIM}; use a "
             "fast class"
         )
-    queries = model.heads // model.kv_heads * model.head_dim
+    queries = model.queries * model.head_dim
     if not numeric_class.exact and numeric_class.block and queries % numeric_class.block:
         raise Unsupported(
             f"{numeric_class.name}: block {numeric_class.block} does not divide the {queries} inputs of an attention "
             f"group; use block {largest_block(queries, numeric_class.block)} or an exact class"
         )
-    width = _group_width(model.intermediate, numeric_class.block or 1)
-    rows = _group_width(model.vocab, ROW_QUANTUM)
+    width = group_width(model.intermediate, numeric_class.block or 1)
+    rows = group_width(model.vocab, ROW_QUANTUM)
     return Split(
         Geometry(
             hidden=model.hidden,
@@ -194,42 +189,76 @@ def largest_block(inputs: int, at_most: int) -> Block:
     return next(block for block in BLOCKS if block <= at_most and inputs % block == 0)
 
 
-def _group_width(size: int, quantum: int) -> int:
+def group_width(size: int, quantum: int) -> int:
     """Width of a group: a multiple of `quantum` that splits `size` in at most `GROUPS` groups, none of it empty."""
     return -(-size // (GROUPS * quantum)) * quantum
 
 
-def attention(model: Model, split: Split) -> SegmentPlan:
+# The usual segments. A family's file changes what it does differently with `dataclasses.replace`.
+
+
+def norm(name: str, length: int, *, slot: str = "norm", add: float = 0.0) -> Norm:
+    """A root-mean-square norm of the tensor `name` (without ".weight")."""
+    return Norm(Vector(slot, f"{name}.weight", length, add))
+
+
+def layer_norm_names(name: str) -> str:
+    """The tensor of a layer's norm."""
+    return "model.layers.{layer}." + name
+
+
+def attention(model: Model, split: Split, layer: int) -> SegmentPlan:
     """Attention of dense decoders: groups are key-value heads with the query heads that read them."""
-    at = "model.layers.{layer}.self_attn."
-    queries = model.heads // model.kv_heads * model.head_dim
+    queries = model.queries * model.head_dim
     sizes = {"q": queries, "k": model.head_dim, "v": model.head_dim}
-    norm = Whole("norm", "model.layers.{layer}.input_layernorm.weight", model.hidden)
-    per_head = tuple(Whole(f"{n}_norm", f"{at}{n}_norm.weight", model.head_dim) for n in "qk" if model.query_key_norm)
-    joined = tuple(
-        Linear(name, f"{at}{name}_proj", size * model.kv_heads, model.hidden, size, model.attention_bias)
-        for name, size in sizes.items()
+    window, rope = model.windows[layer], model.layer_ropes[layer]
+    turned = "" if rope == "default" else f"-{rope or 'norope'}"
+    return SegmentPlan(
+        kind="attention" + (f"-window{window}" if window else "") + turned,
+        axis="heads",
+        groups=split.geometry.head_groups,
+        entry=Entry(norm=norm(layer_norm_names("input_layernorm"), model.hidden), scale=model.residual_scale),
+        core=Attention(
+            queries=model.queries,
+            head_dim=model.head_dim,
+            rope=rope,
+            window=window,
+            scale=model.attention_scale,
+            softcap=model.attention_softcap,
+        ),
+        joined=tuple(
+            Linear(name, f"{ATTENTION}{name}_proj", size * model.kv_heads, model.hidden, size, model.query_bias)
+            for name, size in sizes.items()
+        ),
+        summed=Linear("o", f"{ATTENTION}o_proj", model.hidden, queries * model.kv_heads, queries, model.output_bias),
     )
-    summed = Linear("o", f"{at}o_proj", model.hidden, queries * model.kv_heads, queries, model.attention_bias)
-    return SegmentPlan("attention", "heads", split.geometry.head_groups, (norm, *per_head), joined, summed)
 
 
 def mlp(model: Model, split: Split) -> SegmentPlan:
     """Gated MLP: groups are runs of columns, padded with zero columns where the intermediate size does not divide."""
-    at = "model.layers.{layer}."
     width = split.column_width
-    norm = Whole("norm", f"{at}post_attention_layernorm.weight", model.hidden)
-    joined = tuple(
-        Linear(name, f"{at}mlp.{name}_proj", model.intermediate, model.hidden, width, model.mlp_bias)
-        for name in ("gate", "up")
+    return SegmentPlan(
+        kind="mlp",
+        axis="columns",
+        groups=split.geometry.column_groups,
+        entry=Entry(norm=norm(layer_norm_names("post_attention_layernorm"), model.hidden), scale=model.residual_scale),
+        core=GatedMlp(model.activation),
+        joined=tuple(
+            Linear(name, f"{MLP}{name}_proj", model.intermediate, model.hidden, width, model.mlp_bias)
+            for name in ("gate", "up")
+        ),
+        summed=Linear("down", f"{MLP}down_proj", model.hidden, model.intermediate, width, model.mlp_bias),
     )
-    summed = Linear("down", f"{at}mlp.down_proj", model.hidden, model.intermediate, width, model.mlp_bias)
-    return SegmentPlan("mlp", "columns", split.geometry.column_groups, (norm,), joined, summed)
 
 
 def head(model: Model, split: Split) -> SegmentPlan:
     """The final norm and the output matrix (the embedding's own when they are tied), by runs of vocabulary rows."""
     tensor = "model.embed_tokens" if model.tied else "lm_head"
-    matrix = Linear("output", tensor, model.vocab, model.hidden, split.geometry.vocab_group_rows)
-    norm = Whole("norm", "model.norm.weight", model.hidden)
-    return SegmentPlan("head", "columns", split.geometry.vocab_groups, (norm,), (matrix,), None)
+    return SegmentPlan(
+        kind="head",
+        axis="columns",
+        groups=split.geometry.vocab_groups,
+        entry=Entry(norm=norm("model.norm", model.hidden), scale=model.residual_scale),
+        core=Head(model.logit_scale, model.logit_softcap),
+        joined=(Linear("output", tensor, model.vocab, model.hidden, split.geometry.vocab_group_rows),),
+    )

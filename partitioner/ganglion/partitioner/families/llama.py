@@ -5,17 +5,13 @@ from __future__ import annotations
 from typing import Final
 
 from ganglion.partitioner.config import Config
-from ganglion.partitioner.families.base import Family, Model, attention, mlp, read_dense
+from ganglion.partitioner.families.base import Family, Model, attention, head, mlp, read_dense
 
 
 def _read(config: Config) -> Model:
+    biased = config.flag("attention_bias", False)
     return read_dense(
-        config,
-        family="llama",
-        head_dim=None,
-        attention_bias=config.flag("attention_bias", False),
-        mlp_bias=config.flag("mlp_bias", False),
-        query_key_norm=False,
+        config, family="llama", query_bias=biased, output_bias=biased, mlp_bias=config.flag("mlp_bias", False)
     )
 
 
@@ -23,5 +19,6 @@ LLAMA: Final = Family(
     name="llama",
     architectures=("LlamaForCausalLM",),
     read=_read,
-    layer=lambda model, split: (attention(model, split), mlp(model, split)),
+    layer=lambda model, split, layer: (attention(model, split, layer), mlp(model, split)),
+    head=head,
 )

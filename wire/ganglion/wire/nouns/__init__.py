@@ -3,6 +3,7 @@
 from ganglion.wire.nouns.device import DeviceProfile, FormatRate
 from ganglion.wire.nouns.document import Document, digest, from_json, to_json
 from ganglion.wire.nouns.manifest import (
+    MANIFEST_FORMAT,
     WEIGHTS_FILE,
     Embedding,
     Geometry,
@@ -10,12 +11,14 @@ from ganglion.wire.nouns.manifest import (
     Manifest,
     NumericClass,
     PieceRef,
+    RopeTable,
     Segment,
     Slot,
 )
 from ganglion.wire.nouns.plan import Candidate, Plan, PlanOptions, PlanReport, Range, Share, Stage
 
 __all__ = [
+    "MANIFEST_FORMAT",
     "WEIGHTS_FILE",
     "Candidate",
     "DeviceProfile",
@@ -31,6 +34,7 @@ __all__ = [
     "PlanOptions",
     "PlanReport",
     "Range",
+    "RopeTable",
     "Segment",
     "Share",
     "Slot",

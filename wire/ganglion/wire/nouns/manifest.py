@@ -15,6 +15,7 @@ import msgspec
 from ganglion.wire.nouns.document import Document
 
 WEIGHTS_FILE = "weights.bin"
+MANIFEST_FORMAT: Literal[2] = 2
 
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
@@ -43,16 +44,27 @@ class Slot(Document, frozen=True, kw_only=True):
 
 
 class Segment(Document, frozen=True, kw_only=True):
-    """One ONNX graph's worth of a layer, between two exchanges; it leaves a partial sum [rows, hidden].
+    """One ONNX graph's worth of a layer, between two exchanges; it leaves a partial sum.
 
-    `kind` names its graphs (`Manifest.graphs["{kind}/{count}"]`); `groups` is how many groups it is split in;
-    `axis` says which range of a share applies: "heads" (key-value head groups) or "columns" (MLP column groups).
+    kind: names its graphs (`Manifest.graphs["{kind}/{count}"]`). groups: how many it is split in. axis: which range of
+    a share applies, "heads" (key-value head groups) or "columns" (MLP column groups). attends: it has key-value state.
+    rope: which of `Manifest.ropes` it takes, "" for none. takes: "add" takes residual and delta and gives the new
+    residual; "keep" gives the residual as it was, and adds delta (what the segment before left on this device, not yet
+    exchanged) to its partial sum; "carry" takes what the segment before carried, and delta, the sums that that one
+    asked for. exchange: whether devices sum what it leaves. width: of the partial sum, 0 for the hidden size. carry:
+    numbers of each group and row that the next segment takes on the same device, 0 for none.
     """
 
     kind: str
     axis: Literal["heads", "columns"]
     groups: Positive
     slots: tuple[Slot, ...]
+    attends: bool = False
+    rope: str = ""
+    takes: Literal["add", "keep", "carry"] = "add"
+    exchange: bool = True
+    width: Count = 0
+    carry: Count = 0
 
 
 class Layer(Document, frozen=True, kw_only=True):
@@ -101,23 +113,37 @@ class Embedding(Document, frozen=True, kw_only=True):
 
     dtype: Literal["float32", "float16", "bfloat16"]
     pieces: tuple[PieceRef, ...]
+    scale: float = 1.0  # float32, multiplies every row
+
+
+class RopeTable(Document, frozen=True, kw_only=True):
+    """Cosine and sine of positions, each f32 [context, rotary dimensions / 2], for deployments of up to `context`."""
+
+    context: Positive
+    cos: PieceRef
+    sin: PieceRef
 
 
 class Manifest(Document, frozen=True, kw_only=True):
     """A cut model. Its digest (of the canonical JSON) names it.
 
-    Graph inputs and outputs, by segment axis (rows: S; "delta", "partial" are float64 in exact classes, else float32):
-      heads:   res f32[S,H], delta[S,H], past_key f32[1,g,cap,hd], past_value, seqlens_k i32[1] (= total-1),
-               total i32[1] (total_sequence_length), cos f32[context,hd/2], sin  ->  res_out f32[S,H], partial[S,H],
-               present_key, present_value (bound to the same buffers as past)
-      columns: res, delta -> res_out, partial
-      head (kind "head", axis "columns"): res, delta -> logits f32[S, count * vocab_group_rows] (final norm inside)
+    Graph inputs and outputs (rows: S; g groups; "delta", "partial" are float64 in exact classes, else float32):
+      every segment:  res f32[S,H], delta[S,H] -> res_out f32[S,H], partial[S,width]; of a segment that takes "carry"
+                      carry f32[S,g*carry], delta[S,width] (both of the segment before) -> partial
+      with carry:     -> carry f32[S,g*carry]
+      that attends:   past_key f32[1,g,cap,hd], past_value, seqlens_k i32[1] (= total-1), total i32[1]
+                      (total_sequence_length), with a rope cos f32[context,half], sin -> present_key, present_value
+                      (bound to the same buffers as past)
+      head (kind "head", axis "columns"): res, delta -> logits f32[S, g * vocab_group_rows] (final norm inside)
+    "{kind}/0" is what a device without a group runs: res, delta -> res_out, partial.
     Exact attention pads an odd S with a row of its own at position total: the buffers and cos, sin hold that position
     too (there is one: the last token of a full context is drawn and never run).
-    The first segment gets delta = 0. The residual is replicated: every device of a stage holds all of it.
+    The first segment gets delta = 0. The residual is replicated: every device of a stage holds all of it. Between
+    stages travels, by `handover`, "sum" f32[S,H] (res + delta; the next stage begins with delta = 0), or "parts"
+    f32[S,2H] (res, then delta in float32, where a layer does more to the sum than to add it).
     """
 
-    format_version: Literal[1]
+    format_version: Literal[2]
     name: str  # as a person calls it; the API's model id
     family: str
     source_digest: Digest  # of the checkpoint's headers and config
@@ -127,8 +153,8 @@ class Manifest(Document, frozen=True, kw_only=True):
     layers: tuple[Layer, ...]
     head: Segment
     embedding: Embedding
-    rope_cos: PieceRef  # f32 [context, head_dim/2]
-    rope_sin: PieceRef
+    ropes: dict[str, tuple[RopeTable, ...]]  # by rising context: a deployment takes the first that is long enough
+    handover: Literal["sum", "parts"]
     graphs: dict[str, PieceRef]
     tokenizer: dict[str, PieceRef]  # file name -> piece: tokenizer.json, tokenizer_config.json, ...
     bos_id: int | None

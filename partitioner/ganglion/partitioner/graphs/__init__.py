@@ -1,0 +1,47 @@
+"""ONNX graphs of segments: pure functions of plan, counts and numeric class. Weights lie outside.
+
+Built fused, so the optimizer has nothing to add (`SkipSimplifiedLayerNormalization`, `GroupQueryAttention`,
+`MatMulNBits`). Inputs and outputs are those of `Manifest`'s docstring.
+
+Bit-equality of the exact classes, measured on ONNX Runtime 1.31.1 (tests/partitioner/test_exact.py holds it): a product
+whose outputs are joined equals the groups' own products, for fp32 at any width, for MatMulNBits at widths that are
+multiples of 4; both give a row the same bits alone and in any batch. Only sums over inputs depend on the split, so
+there each group is its own product, and products are added in float64. GroupQueryAttention works through the rows in
+blocks of an even size (twice the head dimension, less where the second-level cache is small); a row that is alone in
+its block gets other bits, so exact graphs give attention an even number of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from ganglion.partitioner.families.base import Model
+from ganglion.partitioner.families.plans import Attention, GatedMlp, Head, Projection, SegmentPlan
+from ganglion.partitioner.graphs.attention import build_attention, build_projection
+from ganglion.partitioner.graphs.builder import OPSET, Builder
+from ganglion.partitioner.graphs.dense import build_head, build_mlp
+from ganglion.wire.nouns import NumericClass, Segment
+
+__all__ = ["OPSET", "build_graph"]
+
+BUILDERS: Final[dict[type, Callable[[Builder, Any], None]]] = {
+    Attention: build_attention,
+    Projection: build_projection,
+    GatedMlp: build_mlp,
+    Head: build_head,
+}
+
+
+def build_graph(plan: SegmentPlan, segment: Segment, count: int, model: Model, numeric_class: NumericClass) -> bytes:
+    """The graph of a share of `count` groups, as ONNX bytes; equal arguments give equal bytes.
+
+    Count 0: what a device does that has no group of the segment: it keeps the residual as the others have it, and
+    leaves zeros (or, in mode keep, what it has not yet exchanged).
+    """
+    builder = Builder(plan, segment, count, model, numeric_class)
+    if count:
+        BUILDERS[type(plan.core)](builder, plan.core)
+    else:
+        builder.empty()
+    return builder.finish()
