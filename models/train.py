@@ -37,6 +37,7 @@ from corpus import (
 )
 from llama import SHAPES, Llama, Shape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -230,6 +231,16 @@ def load_checkpoint(folder: Path, device: torch.device) -> Llama:
     return model.to(device).requires_grad_(False)
 
 
+def optimizer_state(number: int, groups: list[dict[str, Any]], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The state of optimizer `number` as `load_state_dict` takes it."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        kind, *rest = name.split("/")
+        if kind == "optimizer" and int(rest[0]) == number:
+            state.setdefault(int(rest[1]), {})[rest[2]] = tensor
+    return {"state": state, "param_groups": groups}
+
+
 class Run:
     """One training run: model, optimizers, clock, log and saved state."""
 
@@ -242,7 +253,7 @@ class Run:
         self.folder: Path = arguments.out / arguments.model
         self.work: Path = arguments.work / arguments.model
         self.work.mkdir(parents=True, exist_ok=True)
-        self.state_path = self.work / ("finish.pt" if self.finishing else "state.pt")
+        self.state_path = self.work / ("finish.safetensors" if self.finishing else "state.safetensors")
         self.log_path = self.work / ("finish.jsonl" if self.finishing else "log.jsonl")
         torch.manual_seed(self.seed)
         corpus = load_corpus()
@@ -261,7 +272,7 @@ class Run:
         if arguments.resume:
             self.done = self._load(self.state_path)
         elif self.finishing:
-            self._load(self.work / "state.pt")
+            self._load(self.work / "state.safetensors")
         compiled = (lambda f: torch.compile(f, dynamic=False)) if arguments.compile else (lambda f: f)
         self.plain_loss: Loss = compiled(self.model.loss)
         self.distil_loss: Loss | None = None
@@ -278,22 +289,26 @@ class Run:
 
     def _load(self, path: Path) -> Progressed:
         """Take over a saved state's weights and optimizers; how far that run had come."""
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        return Progressed(**state["done"])
+        with safe_open(path, framework="pt") as opened:
+            rest = json.loads(opened.metadata()["rest"])
+        tensors = load_file(path, device=str(self.device))
+        self.model.load_state_dict({name: tensors[f"model/{name}"] for name in self.model.state_dict()})
+        for number, (optimizer, saved) in enumerate(zip(self.optimizers, rest["optimizers"], strict=True)):
+            optimizer.load_state_dict(optimizer_state(number, saved, tensors))
+        return Progressed(**rest["done"])
 
     def save(self) -> None:
-        """Save what `--resume` and `--finish` need."""
-        partial = self.state_path.with_name(self.state_path.name + ".partial")
-        state = {
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "done": asdict(self.done),
-        }
-        torch.save(state, partial)
-        partial.replace(self.state_path)
+        """Save what `--resume` and `--finish` need: tensors by name, everything else as JSON in the header."""
+        tensors = {f"model/{name}": weight for name, weight in self.model.state_dict().items()}
+        groups = []
+        for number, optimizer in enumerate(self.optimizers):
+            state = optimizer.state_dict()
+            groups.append(state["param_groups"])
+            for parameter, values in state["state"].items():
+                tensors |= {f"optimizer/{number}/{parameter}/{key}": value for key, value in values.items()}
+        rest = {"optimizers": groups, "done": asdict(self.done)}
+        kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_atomically(self.state_path, save(kept, metadata={"rest": json.dumps(rest)}))
 
     def log(self, **figures: float | int | str) -> None:
         """Append one JSON line to the run's log."""

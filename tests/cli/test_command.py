@@ -27,6 +27,7 @@ HEAVY = (
     "httpx",
     "zeroconf",
     "onnx",
+    "huggingface_hub",
 )
 
 
@@ -52,7 +53,8 @@ def test_help_loads_nothing_heavy() -> None:
 
 def test_every_command_of_the_issue_is_there_with_help() -> None:
     lines = (
-        "up", "down", "serve coordinator", "serve agent", "serve gateway", "join", "run", "chat", "plan", "ps", "stop",
+        "up", "down", "serve coordinator", "serve agent", "serve gateway", "join", "run", "chat", "pull", "ls", "show",
+        "rm", "plan", "ps", "stop",
         "status", "device ls", "device approve", "device rename", "device trust", "device revoke", "token create",
         "token ls", "token revoke", "key create", "key ls", "key revoke",
     )  # fmt: skip
@@ -63,7 +65,20 @@ def test_every_command_of_the_issue_is_there_with_help() -> None:
 
 
 def test_every_listing_has_json() -> None:
-    for line in ("ps", "status", "plan", "device ls", "token ls", "token create", "key ls", "key create"):
+    for line in (
+        "ls",
+        "show",
+        "pull",
+        "rm",
+        "ps",
+        "status",
+        "plan",
+        "device ls",
+        "token ls",
+        "token create",
+        "key ls",
+        "key create",
+    ):
         assert "--json" in CliRunner().invoke(app, [*line.split(), "--help"]).output, line
 
 

@@ -6,7 +6,10 @@ carry weights or code out of sight (subgraphs, functions, sparse or attribute te
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 from ganglion.wire.errors import Corrupt
@@ -22,6 +25,7 @@ _ATTRIBUTE_REFUSED: Final = {6: "a subgraph", 11: "a subgraph", 22: "a sparse te
 _TENSOR_EXTERNAL, _TENSOR_LOCATION = 13, 14
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 _LOCATION_EXTERNAL = 1
+_TAG_LIMIT = 1 << 32
 
 
 def check_graph(data: bytes | memoryview, weights_bytes: int) -> None:
@@ -35,6 +39,25 @@ def check_graph(data: bytes | memoryview, weights_bytes: int) -> None:
             _check_graph(_message(value), weights_bytes)
     if graphs != 1:
         raise Corrupt(f"graph file: holds {graphs} graphs, expected 1")
+
+
+def check_file(path: Path, size_bytes: int) -> None:
+    """Raise Corrupt unless `path` is a plain file of `size_bytes` bytes under this one name: no link, pipe or device.
+
+    What was put together is what ONNX Runtime then maps: it follows links and opens whatever it finds.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise Corrupt(f"{path}: not a plain file ({os.strerror(error.errno or 0)})") from error
+    try:
+        found = os.fstat(descriptor)
+    finally:
+        os.close(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+        raise Corrupt(f"{path}: not a plain file of one name ({found.st_nlink} names)")
+    if found.st_size != size_bytes:
+        raise Corrupt(f"{path}: {found.st_size} bytes, expected {size_bytes}")
 
 
 def _check_graph(graph: memoryview, weights_bytes: int) -> None:
@@ -89,6 +112,9 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     while position < size:
         tag, position = _varint(data, position)
         number, wire = tag >> 3, tag & 7
+        # Parsers that keep 32 bits of a tag would read another field than we do.
+        if tag >= _TAG_LIMIT or number == 0:
+            raise Corrupt(f"graph file: field number {number} at byte {position}")
         if wire == _VARINT:
             value, position = _varint(data, position)
             yield number, value

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import onnxruntime as ort
 
-from ganglion.agent.executor.graph_file import check_graph
+from ganglion.agent.executor.graph_file import check_file, check_graph
 from ganglion.wire.errors import Corrupt, Internal, InvalidDocument
 from ganglion.wire.nouns import WEIGHTS_FILE, Manifest, NumericClass, Range, Segment, Share, Stage
 from ganglion.wire.shares import OpenPiece, weights_size, write_weights
@@ -139,6 +139,8 @@ def _load(manifest: Manifest, part: _Part, open_piece: OpenPiece, folder: Path) 
     (folder / GRAPH_FILE).write_bytes(graph)
     with (folder / WEIGHTS_FILE).open("wb") as file:
         write_weights(part.segment, part.share, open_piece, file)
+    check_file(folder / GRAPH_FILE, len(graph))
+    check_file(folder / WEIGHTS_FILE, part.size)
     try:
         session = ort.InferenceSession(folder / GRAPH_FILE, _options(), providers=["CPUExecutionProvider"])
     except Exception as error:
