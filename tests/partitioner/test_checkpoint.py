@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ganglion.partitioner.checkpoint import open_checkpoint
 from ganglion.partitioner.cut import numeric_class, partition
@@ -82,6 +84,26 @@ def test_reads_what_safetensors_reads(models):
             assert np.array_equal(tensor.columns(3, 17), expected[name].float().numpy()[:, 3:17])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_stacks_of_matrices(dtype, tmp_path):
+    numbers = torch.randn(3, 6, 10, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
+    save_file({"experts": numbers}, tmp_path / "x.safetensors")
+    stack = open_safetensors(tmp_path / "x.safetensors").tensors["experts"]
+    expected = numbers.float().numpy()
+    assert (stack.stored, stack.elements, stack.stored_bytes) == (dtype, 180, numbers.nbytes)
+    assert stack.packing is None
+    assert np.array_equal(stack.rows(1, 3), expected[1:3])
+    for index in range(3):
+        part = stack.part(index)
+        assert part.shape == (6, 10)
+        assert part.stored_bytes == numbers.nbytes // 3
+        assert np.array_equal(part.rows(2, 5), expected[index, 2:5])
+        assert np.array_equal(part.columns(1, 9), expected[index][:, 1:9])
+        assert part.raw_rows(0, 6) == numbers[index].contiguous().view(torch.uint8).numpy().tobytes()
+    with pytest.raises(Unsupported, match="not in blocks"):
+        stack.packed_rows(0, 1)
+
+
 @pytest.fixture
 def folder(models, tmp_path) -> Path:
     return shutil.copytree(models.checkpoint("llama-kv2"), tmp_path / "model")
@@ -105,10 +127,14 @@ def cut(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "error", "said"),
     [
-        ({"architectures": ["MambaForCausalLM"]}, Unsupported, "MambaForCausalLM.*LlamaForCausalLM, Qwen3ForCausalLM"),
+        (
+            {"architectures": ["MambaForCausalLM"]},
+            Unsupported,
+            "MambaForCausalLM.*LlamaForCausalLM, .*Qwen3ForCausalLM",
+        ),
         ({"architectures": "absent", "model_type": "rwkv"}, Unsupported, "model_type 'rwkv'"),
-        ({"hidden_act": "gelu"}, Unsupported, "gelu"),
-        ({"quantization_config": {"bits": 4}}, Unsupported, "already quantized"),
+        ({"hidden_act": "relu2"}, Unsupported, "relu2"),
+        ({"quantization_config": {"bits": 4}}, Unsupported, "already quantized.*gptq, awq, compressed-tensors, mxfp4"),
         ({"head_dim": 20}, Unsupported, "head dimension 20; multiples of 16"),
         ({"num_key_value_heads": 3}, InvalidDocument, "4 heads do not divide into 3"),
         ({"hidden_size": "absent"}, InvalidDocument, "hidden_size is missing"),
@@ -134,6 +160,9 @@ def test_folders_that_are_no_checkpoints(folder, tmp_path):
         open_checkpoint(folder / "config.json")
     (tmp_path / "empty").mkdir()
     with pytest.raises(NotFound, match=r"no config\.json"):
+        open_checkpoint(tmp_path / "empty")
+    (tmp_path / "empty" / "model.gguf").touch()
+    with pytest.raises(NotFound, match=r"name the \.gguf file itself"):
         open_checkpoint(tmp_path / "empty")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(Unsupported, match=r"pickled \(pytorch_model\.bin\)"):

@@ -1,16 +1,22 @@
-"""A Hugging Face checkpoint folder: config.json, (sharded) safetensors, tokenizer files; opening reads headers only."""
+"""A checkpoint: a Hugging Face folder or a GGUF file; opening reads configuration and headers only.
+
+Folders may be quantized already (`prequantized`); their configuration and tensors look as if they were not.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from ganglion.partitioner.config import Config
+from ganglion.partitioner.gguf.source import gguf_config, open_source
+from ganglion.partitioner.prequantized import quantization_of, without_quantization
 from ganglion.partitioner.safetensors import SafetensorsFile, Tensor, open_safetensors
+from ganglion.partitioner.weights import Weights
 from ganglion.wire.errors import Corrupt, InvalidDocument, NotFound, Unsupported
 
 CONFIG_BYTES: Final = 4 << 20
@@ -26,6 +32,26 @@ TOKENIZER_FILES: Final = (
 )
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
+GGUF: Final = ".gguf"
+
+
+class Readable(Protocol):
+    """A tokenizer file: a path, or what is made of a GGUF's vocabulary."""
+
+    def read_bytes(self) -> bytes:
+        """All of it."""
+        ...
+
+
+@dataclass(frozen=True)
+class MadeFile:
+    """A file that is made when it is read."""
+
+    make: Callable[[], bytes]
+
+    def read_bytes(self) -> bytes:
+        """All of it."""
+        return self.make()
 
 
 @dataclass(frozen=True)
@@ -34,13 +60,13 @@ class Checkpoint:
 
     path: Path
     config: Config
-    tensors: dict[str, Tensor]
-    tokenizer: dict[str, Path]
+    tensors: Mapping[str, Weights]
+    tokenizer: Mapping[str, Readable]
     digest: str
     bos_id: int | None
     eos_ids: tuple[int, ...]
 
-    def tensor(self, name: str, *shape: int) -> Tensor:
+    def tensor(self, name: str, *shape: int) -> Weights:
         """The tensor `name`, which must have `shape`; raises Corrupt when it is missing or shaped otherwise."""
         found = self.tensors.get(name)
         if found is None:
@@ -51,20 +77,44 @@ class Checkpoint:
 
 
 def read_config(path: Path) -> Config:
-    """Read the config.json of the checkpoint folder `path`; raises NotFound, InvalidDocument or Unsupported."""
-    if not path.exists():
-        raise NotFound(f"{path}: no such checkpoint folder")
-    if not path.is_dir():
-        raise InvalidDocument(f"{path}: not a folder; name the folder that holds config.json and the safetensors files")
-    file = path / "config.json"
-    if not file.exists():
-        raise NotFound(f"{path}: no config.json in it, this is not a Hugging Face checkpoint")
-    return Config(_json(path, "config.json", CONFIG_BYTES), str(file))
+    """Read the configuration of the folder or GGUF file `path`; raises NotFound, InvalidDocument or Unsupported."""
+    return gguf_config(path) if _is_gguf(path) else without_quantization(_folder_config(path))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open the folder `path`; raises NotFound, Corrupt, InvalidDocument or Unsupported with file and figure."""
-    config = read_config(path)
+    """Open the folder or GGUF file `path` (of a split one the first).
+
+    Raises NotFound, Corrupt, InvalidDocument or Unsupported with file and figure.
+    """
+    if not _is_gguf(path):
+        return _open_folder(path)
+    source = open_source(path)
+    bos, eos = source.config.ids("bos_token_id"), source.config.ids("eos_token_id")
+    tokenizer = {name: MadeFile(make) for name, make in source.tokenizer.items()}
+    return Checkpoint(path, source.config, source.tensors, tokenizer, source.digest, bos[0] if bos else None, eos)
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == GGUF and path.is_file()
+
+
+def _folder_config(path: Path) -> Config:
+    if not path.exists():
+        raise NotFound(f"{path}: no such checkpoint folder")
+    if not path.is_dir():
+        raise InvalidDocument(
+            f"{path}: not a folder; name the folder that holds config.json and the safetensors files, or a {GGUF} file"
+        )
+    file = path / "config.json"
+    if not file.exists():
+        hint = f"; name the {GGUF} file itself" if any(path.glob(f"*{GGUF}")) else ""
+        raise NotFound(f"{path}: no config.json in it, this is not a Hugging Face checkpoint{hint}")
+    return Config(_json(path, "config.json", CONFIG_BYTES), str(file))
+
+
+def _open_folder(path: Path) -> Checkpoint:
+    stored = _folder_config(path)
+    quantization, config = quantization_of(stored), without_quantization(stored)
     digest = hashlib.sha256(_within(path, "config.json").read_bytes())
     tensors: dict[str, Tensor] = {}
     for name, opened in _weight_files(path):
@@ -82,7 +132,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         generation = Config(_json(path, "generation_config.json", CONFIG_BYTES), str(path / "generation_config.json"))
     bos = generation.ids("bos_token_id") or config.ids("bos_token_id")
     eos = tuple(sorted({*generation.ids("eos_token_id"), *config.ids("eos_token_id")}))
-    return Checkpoint(path, config, tensors, tokenizer, digest.hexdigest(), bos[0] if bos else None, eos)
+    weights = quantization(tensors) if quantization else tensors
+    return Checkpoint(path, config, weights, tokenizer, digest.hexdigest(), bos[0] if bos else None, eos)
 
 
 def _weight_files(path: Path) -> Iterable[tuple[str, SafetensorsFile]]:
@@ -112,10 +163,13 @@ def _weight_files(path: Path) -> Iterable[tuple[str, SafetensorsFile]]:
 
 
 def _within(path: Path, name: str) -> Path:
-    """The real file behind `path/name`: inside the folder, or in the `blobs` of a Hugging Face cache."""
+    """The real file behind `path/name`: inside the folder, or in a Hugging Face cache the `blobs` that it links to.
+
+    Those are the repository's, or the ones that all repositories of the cache share.
+    """
     real, folder = (path / name).resolve(), path.resolve()
-    blobs = folder.parent.parent / "blobs"
-    cached = folder.parent.name == "snapshots" and real.is_relative_to(blobs)
+    blobs = (folder.parent.parent / "blobs", folder.parent.parent.parent / "blobs")
+    cached = folder.parent.name == "snapshots" and any(real.is_relative_to(one) for one in blobs)
     if not (real.is_relative_to(folder) or cached):
         raise InvalidDocument(f"{path / name}: a link to {real}, outside the checkpoint's folder")
     if not real.is_file():

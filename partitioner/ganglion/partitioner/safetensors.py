@@ -10,11 +10,12 @@ import json
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from ganglion.partitioner.weights import Floats, Packed, Stored, finite
 from ganglion.wire.errors import Corrupt, InvalidDocument, Unsupported
 
 HEADER_BYTES: Final = 100 << 20
@@ -24,18 +25,12 @@ ITEM_BYTES: Final = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8, "C64": 8,
 }  # fmt: skip
-READABLE: Final[dict[str, Literal["float32", "float16", "bfloat16"]]] = {
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-}
-
-Floats = npt.NDArray[np.float32]
+READABLE: Final[dict[str, Stored]] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a file, still on disk. `dtype` as the format writes it, for example "BF16"."""
+    """One tensor of a file, still on disk: `Weights`. `dtype` as the format writes it, for example "BF16"."""
 
     name: str
     dtype: str
@@ -47,33 +42,58 @@ class Tensor:
         """How many numbers."""
         return self.data.nbytes // ITEM_BYTES[self.dtype]
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that reading all of it reads."""
+        return self.data.nbytes
+
+    @property
+    def stored(self) -> Stored:
+        """The type of the numbers; raises Unsupported where weights are not read from it."""
+        if self.dtype not in READABLE:
+            raise Unsupported(f"tensor {self.name}: dtype {self.dtype}; weights are read from {', '.join(READABLE)}")
+        return READABLE[self.dtype]
+
+    @property
+    def packing(self) -> None:
+        """None: plain numbers have no blocks."""
+
+    def part(self, index: int) -> Tensor:
+        """Matrix `index` of a stack of matrices; nothing of the others is read."""
+        return Tensor(f"{self.name}[{index}]", self.dtype, self.shape[1:], self.raw_rows(index, index + 1))
+
     def raw_rows(self, start: int, stop: int) -> memoryview:
         """Bytes of rows start..stop as stored."""
         row = self.data.nbytes // max(1, self.shape[0])
         return self.data[start * row : stop * row]
 
     def rows(self, start: int, stop: int) -> Floats:
-        """Rows start..stop of a vector or matrix as float32; raises Corrupt when a number is not finite."""
-        return self._floats(np.frombuffer(self.raw_rows(start, stop), self._stored()).reshape(-1, *self.shape[1:]))
+        """Rows start..stop of a vector, matrix or stack as float32; raises Corrupt when a number is not finite."""
+        raw = np.frombuffer(self.raw_rows(start, stop), self._numpy())
+        return self._floats(raw.reshape(stop - start, *self.shape[1:]))
 
     def columns(self, start: int, stop: int) -> Floats:
         """Columns start..stop of a matrix as float32 [rows, stop - start]; raises Corrupt when one is not finite."""
-        whole = np.frombuffer(self.data, self._stored()).reshape(self.shape)
+        whole = np.frombuffer(self.data, self._numpy()).reshape(self.shape)
         return self._floats(np.ascontiguousarray(whole[:, start:stop]))
 
-    def _stored(self) -> np.dtype[Any]:
-        if self.dtype not in READABLE:
-            raise Unsupported(f"tensor {self.name}: dtype {self.dtype}; weights are read from {', '.join(READABLE)}")
-        return np.dtype({"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[self.dtype])
+    def packed_rows(self, start: int, stop: int) -> Packed:
+        """Raises Unsupported: there is no packing."""
+        raise Unsupported(f"tensor {self.name}: {self.dtype} numbers are not in blocks")
+
+    def packed_columns(self, start: int, stop: int) -> Packed:
+        """Raises Unsupported: there is no packing."""
+        raise Unsupported(f"tensor {self.name}: {self.dtype} numbers are not in blocks")
+
+    def _numpy(self) -> np.dtype[Any]:
+        return np.dtype({"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}[self.stored])
 
     def _floats(self, stored: npt.NDArray[Any]) -> Floats:
         if self.dtype == "BF16":  # a bfloat16 is the upper half of a float32
             floats = (stored.astype("<u4") << np.uint32(16)).view(np.float32)
         else:
             floats = stored.astype(np.float32)
-        if not np.isfinite(floats).all():
-            raise Corrupt(f"tensor {self.name}: holds numbers that are not finite (NaN or infinity)")
-        return floats
+        return finite(self.name, floats)
 
 
 @dataclass(frozen=True)
@@ -158,7 +178,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise InvalidDocument(f"{path}: tensor {name} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise Unsupported(f"{path}: tensor {name} has the unknown dtype {dtype!r}")
     if not isinstance(shape, list) or not all(whole(length) for length in shape):
         raise InvalidDocument(f"{path}: tensor {name} has the shape {shape!r}, a list of sizes is expected")

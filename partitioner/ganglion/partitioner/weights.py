@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,20 @@ class Packed:
     values: Bytes
     scales: Floats
     zero_points: Bytes | None = None
+
+
+_EXPONENT: Final = {"float32": ("<u4", 0x7F800000), "float16": ("<u2", 0x7C00), "bfloat16": ("<u2", 0x7F80)}
+
+_CHECKED: Final = 1 << 18  # numbers looked at in one go
+
+
+def check_finite(raw: memoryview, tensor: Weights) -> None:
+    """Raise Corrupt where a number of `raw`, stored as `tensor` says, is not finite: its exponent is all ones."""
+    kind, exponent = _EXPONENT[tensor.stored]
+    numbers = np.frombuffer(raw, kind)
+    for start in range(0, numbers.size, _CHECKED):
+        if ((numbers[start : start + _CHECKED] & exponent) == exponent).any():
+            raise Corrupt(f"tensor {tensor.name}: holds numbers that are not finite (NaN or infinity)")
 
 
 class Weights(Protocol):
