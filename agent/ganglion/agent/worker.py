@@ -38,6 +38,7 @@ from ganglion.agent.executor.embedding import EmbeddingTable
 from ganglion.agent.executor.executor import Executor
 from ganglion.agent.executor.loader import load_shard, start_runtime
 from ganglion.agent.lead.driver import Lead
+from ganglion.agent.lead.grammar import Grammars
 from ganglion.agent.store import PieceStore
 from ganglion.agent.worker_beat import Beat
 from ganglion.agent.worker_follow import Follower
@@ -132,6 +133,7 @@ class Worker:
                 names=loaded.board.names,
                 vocab=vocab_shares(loaded.manifest, loaded.plan),
                 beat=loaded.beat,
+                grammars=loaded.grammars,
             )
             loop = asyncio.create_task(self._lead.run())
         else:
@@ -258,6 +260,7 @@ class _Loaded:
         shard = load_shard(self.manifest, stage, share, open_piece=store.open, folder=folder, progress=progress)
         self.executor = Executor(self.manifest, self.plan, shard, store.open)
         self.embedding = EmbeddingTable(self.manifest, store.open) if self.rank == 0 else None
+        self.grammars = Grammars(self.manifest, store.open)
         self.beat = Beat(Path(command.beat_path))
         self.board = LaneBoard(self.identity, self.deployment, self.epoch, self.plan, self.rank)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import time
+from dataclasses import replace
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError
 
-from ganglion.agent.lead.candidates import Draw, to_message
+from ganglion.agent.lead.adjusting import NO_ADJUSTMENTS, Adjustments
+from ganglion.agent.lead.candidates import to_message
+from ganglion.agent.lead.draw import Draw, read_draw
 from ganglion.agent.worker_beat import Beat, LongestRun
 from ganglion.agent.worker_stage import StageRunner
 from ganglion.proto import lane_pb2
@@ -27,6 +29,7 @@ class Follower:
         self._longest = LongestRun(runner.executor.weights_bytes)
         self._step = 0
         self._draws: list[Draw] = []
+        self._adjustments: dict[int, Adjustments] = {}  # by session, of this device's share of the vocabulary
 
     async def run(self) -> None:
         """Follow until a lane ends; raises what lanes raise, and ProtocolViolation for a step that cannot be."""
@@ -45,7 +48,8 @@ class Follower:
         executor = self._runner.executor
         for session in step.closed:
             executor.close(session)
-        self._draws = [_draw(entry.draw) for entry in step.entries if entry.HasField("draw")]
+            self._adjustments.pop(session, None)
+        self._draws = [self._draw(entry) for entry in step.entries if entry.HasField("draw")]
         rows = sum(entry.count for entry in step.entries)
         if rows == 0:
             self._beat.end(executor.sessions, executor.kv_bytes)
@@ -54,14 +58,16 @@ class Follower:
         self._beat.begin(self._longest.announce(rows), executor.sessions, executor.kv_bytes)
         began = time.perf_counter()
         await self._runner.forward(step.step, batch)
-        if self._runner.has_vocab and self._draws:
+        if self._runner.vocab is not None and self._draws:
             drawing = [
                 placed.first + placed.count - 1
                 for placed, entry in zip(batch.entries, step.entries, strict=True)
                 if entry.HasField("draw")
             ]
             answers = self._runner.answers(batch, drawing, self._draws)
-            reply = lane_pb2.CandidatesReply(entries=[to_message(one) for one in answers])
+            reply = lane_pb2.CandidatesReply(
+                entries=[to_message(*pair) for pair in zip(answers, self._draws, strict=True)]
+            )
             await self._lane.send_message(Kind.CANDIDATES, step.step, reply.SerializeToString())
         self._longest.finished(rows, time.perf_counter() - began)
         self._beat.end(executor.sessions, executor.kv_bytes)
@@ -70,10 +76,17 @@ class Follower:
         more = _parse(lane_pb2.MoreCandidates, message.payload)
         if message.step != self._step or more.entry >= len(self._draws):
             raise ProtocolViolation(f"more candidates for draw {more.entry} of step {message.step} were asked for")
-        draw = self._draws[more.entry]
-        found = self._runner.again(more.entry, Draw(more.candidates, draw.temperature, draw.seed, draw.position))
-        reply = lane_pb2.CandidatesReply(entries=[to_message(found)])
+        draw = replace(self._draws[more.entry], candidates=more.candidates)
+        reply = lane_pb2.CandidatesReply(entries=[to_message(self._runner.again(more.entry, draw), draw)])
         await self._lane.send_message(Kind.CANDIDATES, message.step, reply.SerializeToString(), message.exchange)
+
+    def _draw(self, entry: lane_pb2.StepEntry) -> Draw:
+        """What an entry asks, with the adjustments that its session was told before."""
+        held = self._adjustments.get(entry.session, NO_ADJUSTMENTS)
+        draw = read_draw(entry.draw, self._runner.vocab, held)
+        if draw.adjusting is not None:
+            self._adjustments[entry.session] = draw.adjusting.adjustments
+        return draw
 
 
 M = TypeVar("M", lane_pb2.Step, lane_pb2.MoreCandidates)
@@ -84,9 +97,3 @@ def _parse(kind: type[M], payload: bytes) -> M:
         return kind.FromString(payload)
     except DecodeError:
         raise ProtocolViolation(f"a {kind.__name__} that does not parse") from None
-
-
-def _draw(message: lane_pb2.Draw) -> Draw:
-    if not math.isfinite(message.temperature) or message.temperature < 0.0:
-        raise ProtocolViolation(f"a draw at temperature {message.temperature}")
-    return Draw(message.candidates, message.temperature, message.seed, message.position)

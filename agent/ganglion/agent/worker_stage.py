@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from ganglion.agent.exchange.allreduce import AllReduce
 from ganglion.agent.exchange.plan import contributors, plan_exchange, stage_ranks
 from ganglion.agent.executor.executor import Batch, Executor
-from ganglion.agent.lead.candidates import Answer, Draw, VocabShare, answer
+from ganglion.agent.lead.adjusting import VocabShare
+from ganglion.agent.lead.candidates import Answer, answer
+from ganglion.agent.lead.draw import Draw
 from ganglion.wire.errors import InvalidDocument, ProtocolViolation
 from ganglion.wire.frames import Dtype, Expectation, Kind
 from ganglion.wire.lane import Lane
@@ -119,9 +121,9 @@ class StageRunner:
             meter.exchange_s += time.perf_counter() - now
 
     @property
-    def has_vocab(self) -> bool:
-        """Whether this device answers draws."""
-        return self._vocab is not None
+    def vocab(self) -> VocabShare | None:
+        """This device's share of the vocabulary; None when it answers no draws."""
+        return self._vocab
 
     def answers(self, batch: Batch, rows: Sequence[int], draws: Sequence[Draw]) -> list[Answer]:
         """This share's answer to each draw, from the given rows of the batch; the logits are kept for `again`."""

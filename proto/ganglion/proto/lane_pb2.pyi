@@ -59,7 +59,7 @@ class StepEntry(_message.Message):
     def __init__(self, session: _Optional[int] = ..., start: _Optional[int] = ..., count: _Optional[int] = ..., draw: _Optional[_Union[Draw, _Mapping]] = ...) -> None: ...
 
 class Draw(_message.Message):
-    __slots__ = ("candidates", "temperature", "seed", "position", "repetition_penalty", "adjustments", "allowed")
+    __slots__ = ("candidates", "temperature", "seed", "position", "repetition_penalty", "adjustments", "allowed", "top_logprobs", "mass")
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
@@ -67,29 +67,33 @@ class Draw(_message.Message):
     REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
     ADJUSTMENTS_FIELD_NUMBER: _ClassVar[int]
     ALLOWED_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    MASS_FIELD_NUMBER: _ClassVar[int]
     candidates: int
     temperature: float
     seed: int
     position: int
     repetition_penalty: float
-    adjustments: _containers.RepeatedCompositeFieldContainer[Adjustment]
+    adjustments: Adjustments
     allowed: bytes
-    def __init__(self, candidates: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., position: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., adjustments: _Optional[_Iterable[_Union[Adjustment, _Mapping]]] = ..., allowed: _Optional[bytes] = ...) -> None: ...
+    top_logprobs: int
+    mass: bool
+    def __init__(self, candidates: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., position: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., adjustments: _Optional[_Union[Adjustments, _Mapping]] = ..., allowed: _Optional[bytes] = ..., top_logprobs: _Optional[int] = ..., mass: bool = ...) -> None: ...
 
-class Adjustment(_message.Message):
-    __slots__ = ("id", "bias", "repeated", "subtract")
-    ID_FIELD_NUMBER: _ClassVar[int]
+class Adjustments(_message.Message):
+    __slots__ = ("gaps", "bias", "repeated", "subtract")
+    GAPS_FIELD_NUMBER: _ClassVar[int]
     BIAS_FIELD_NUMBER: _ClassVar[int]
     REPEATED_FIELD_NUMBER: _ClassVar[int]
     SUBTRACT_FIELD_NUMBER: _ClassVar[int]
-    id: int
-    bias: float
-    repeated: bool
-    subtract: float
-    def __init__(self, id: _Optional[int] = ..., bias: _Optional[float] = ..., repeated: bool = ..., subtract: _Optional[float] = ...) -> None: ...
+    gaps: _containers.RepeatedScalarFieldContainer[int]
+    bias: _containers.RepeatedScalarFieldContainer[float]
+    repeated: bytes
+    subtract: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, gaps: _Optional[_Iterable[int]] = ..., bias: _Optional[_Iterable[float]] = ..., repeated: _Optional[bytes] = ..., subtract: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Candidates(_message.Message):
-    __slots__ = ("ids", "logits", "log_sum_exp", "best_id", "best_score", "best_logit", "scaled_log_sum_exp", "numeric_error")
+    __slots__ = ("ids", "logits", "log_sum_exp", "best_id", "best_score", "best_logit", "scaled_log_sum_exp", "numeric_error", "raw_logits", "top_ids", "top_logits")
     IDS_FIELD_NUMBER: _ClassVar[int]
     LOGITS_FIELD_NUMBER: _ClassVar[int]
     LOG_SUM_EXP_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +102,9 @@ class Candidates(_message.Message):
     BEST_LOGIT_FIELD_NUMBER: _ClassVar[int]
     SCALED_LOG_SUM_EXP_FIELD_NUMBER: _ClassVar[int]
     NUMERIC_ERROR_FIELD_NUMBER: _ClassVar[int]
+    RAW_LOGITS_FIELD_NUMBER: _ClassVar[int]
+    TOP_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGITS_FIELD_NUMBER: _ClassVar[int]
     ids: _containers.RepeatedScalarFieldContainer[int]
     logits: _containers.RepeatedScalarFieldContainer[float]
     log_sum_exp: _containers.RepeatedScalarFieldContainer[float]
@@ -106,7 +113,10 @@ class Candidates(_message.Message):
     best_logit: float
     scaled_log_sum_exp: _containers.RepeatedScalarFieldContainer[float]
     numeric_error: bool
-    def __init__(self, ids: _Optional[_Iterable[int]] = ..., logits: _Optional[_Iterable[float]] = ..., log_sum_exp: _Optional[_Iterable[float]] = ..., best_id: _Optional[int] = ..., best_score: _Optional[float] = ..., best_logit: _Optional[float] = ..., scaled_log_sum_exp: _Optional[_Iterable[float]] = ..., numeric_error: bool = ...) -> None: ...
+    raw_logits: _containers.RepeatedScalarFieldContainer[float]
+    top_ids: _containers.RepeatedScalarFieldContainer[int]
+    top_logits: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, ids: _Optional[_Iterable[int]] = ..., logits: _Optional[_Iterable[float]] = ..., log_sum_exp: _Optional[_Iterable[float]] = ..., best_id: _Optional[int] = ..., best_score: _Optional[float] = ..., best_logit: _Optional[float] = ..., scaled_log_sum_exp: _Optional[_Iterable[float]] = ..., numeric_error: bool = ..., raw_logits: _Optional[_Iterable[float]] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logits: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class CandidatesReply(_message.Message):
     __slots__ = ("entries",)

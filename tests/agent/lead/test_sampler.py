@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from ganglion.agent.lead import candidates, noise, sampler
-from ganglion.agent.lead.candidates import Draw, VocabShare
+from ganglion.agent.lead.adjusting import VocabShare
+from ganglion.agent.lead.draw import Draw
 from ganglion.agent.lead.sampling import Sampling, parse_sampling
 from ganglion.proto import lane_pb2
 from ganglion.wire.errors import InvalidRequest, ProtocolViolation
@@ -31,19 +32,24 @@ def split(vocab: int, cuts: tuple[int, ...]) -> list[VocabShare]:
     return [VocabShare(a, b - a, GROUP_ROWS) for a, b in pairwise(edges)]
 
 
+def ask(sampling: Sampling, position: int, asked: int) -> Draw:
+    kind = (sampling.temperature, sampling.seed, position, sampling.top_logprobs, sampling.mass)
+    return Draw(asked, *kind)
+
+
 def draw(logits: np.ndarray, shares: list[VocabShare], sampling: Sampling, position: int, wire: bool = True):
     """A draw as the lead and its shares make it; returns what was drawn and how often more was asked for."""
     asked, rounds = sampling.candidates, 0
     while True:
-        question = Draw(asked, sampling.temperature, sampling.seed, position)
+        question = ask(sampling, position, asked)
         answers = []
         for share in shares:
             reply = candidates.answer(logits[share.first : share.first + share.count], share, question)
             if wire:
-                message = lane_pb2.Candidates.FromString(candidates.to_message(reply).SerializeToString())
+                message = lane_pb2.Candidates.FromString(candidates.to_message(reply, question).SerializeToString())
                 reply = candidates.from_message(message, share, question)
             answers.append(reply)
-        found = sampler.draw_token(answers, shares, sampling, position)
+        found = sampler.draw_token(answers, sampling, position)
         if isinstance(found, sampler.Drawn):
             return found, rounds
         assert found.candidates > asked
@@ -163,9 +169,9 @@ def test_kept_set_is_transformers(sampling):
         warped = warpers(torch.zeros((1, 1), dtype=torch.long), torch.from_numpy(logits).double()[None])[0]
         kept = set(torch.isfinite(warped).nonzero().flatten().tolist())
         shares = split(997, (3, 20))
-        question = Draw(1000, sampling.temperature, 0, 0)
+        question = ask(sampling, 0, 1000)
         answers = [candidates.answer(logits[s.first : s.first + s.count], s, question) for s in shares]
-        merged = sampler._Merged.of(answers, shares)
+        merged = sampler._Merged.of(answers)
         count = sampler._filter(merged, answers, sampling)
         assert set(merged.ids[:count].tolist()) == kept == set(dumb_kept(logits, sampling))
 
@@ -226,11 +232,13 @@ def test_top_indices_against_sorted():
         lambda m: m.ids.__setitem__(1, m.ids[0]),
         lambda m: setattr(m, "best_id", 90),
         lambda m: setattr(m, "best_score", math.inf),
+        lambda m: m.scaled_log_sum_exp.pop(),
+        lambda m: m.scaled_log_sum_exp.__setitem__(0, -math.inf),
     ],
 )
 def test_a_bad_answer_is_refused(damage):
-    share, question = VocabShare(0, 80, GROUP_ROWS), Draw(5, 0.7, 1, 2)
-    message = candidates.to_message(candidates.answer(np.arange(80, dtype=np.float32), share, question))
+    share, question = VocabShare(0, 80, GROUP_ROWS), Draw(5, 0.7, 1, 2, top_logprobs=2, mass=True)
+    message = candidates.to_message(candidates.answer(np.arange(80, dtype=np.float32), share, question), question)
     candidates.from_message(message, share, question)
     damage(message)
     with pytest.raises(ProtocolViolation):
@@ -247,12 +255,36 @@ def test_a_bad_answer_is_refused(damage):
         ("top_p", 1.5),
         ("min_p", math.nan),
         ("top_logprobs", 21),
+        ("repetition_penalty", -1.0),
+        ("repetition_penalty", math.nan),
+        ("repetition_penalty", 1e9),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", math.nan),
+        ("frequency_penalty", -2.1),
     ],
 )
 def test_sampling_out_of_range_is_refused_by_name(field, value):
     message = lane_pb2.Sampling(temperature=1.0, top_p=1.0, top_logprobs=-1)
-    assert parse_sampling(message) == Sampling(1.0)
+    assert parse_sampling(message, 283) == Sampling(1.0)
     setattr(message, field, value)
     with pytest.raises(InvalidRequest) as caught:
-        parse_sampling(message)
+        parse_sampling(message, 283)
     assert caught.value.param == field
+
+
+@pytest.mark.parametrize(
+    ("biases", "words"),
+    [
+        ([(283, 1.0)], "283"),
+        ([(i, 1.0) for i in range(1025)], "at most 1024"),
+        ([(4, 101.0)], "101"),
+        ([(4, math.nan)], "nan"),
+        ([(4, 1.0), (4, 2.0)], "more than once"),
+    ],
+)
+def test_a_bias_out_of_range_is_refused_by_name(biases, words):
+    message = lane_pb2.Sampling(temperature=1.0, top_p=1.0, top_logprobs=-1)
+    message.logit_bias.extend(lane_pb2.TokenBias(id=token, bias=bias) for token, bias in biases)
+    with pytest.raises(InvalidRequest, match=words) as caught:
+        parse_sampling(message, 283)
+    assert caught.value.param == "logit_bias"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib.util
 import os
 import shutil
@@ -15,7 +16,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from checkpoints import make_llama, make_qwen3
+from checkpoints import make, make_llama, make_qwen3
+from family_shapes import SHAPES as FAMILY_SHAPES
+from mixture_shapes import SHAPES as MIXTURE_SHAPES
+from mixture_shapes import make_mixture
 from reference_runner import Cut, Runner, cut_evenly
 
 from ganglion.agent import control
@@ -33,6 +37,11 @@ SHAPES: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
     "llama": (make_llama, {"num_key_value_heads": 4, "max_position_embeddings": 4096, "num_hidden_layers": 4}),
     "qwen3": (make_qwen3, {"num_key_value_heads": 2, "dtype": "bfloat16"}),
 }
+SHAPES |= {
+    name: (functools.partial(make, family=shape.family), {"dtype": shape.dtype} | shape.config)
+    for name, shape in FAMILY_SHAPES.items()
+}
+SHAPES |= {name: (functools.partial(make_mixture, shape=shape), {}) for name, shape in MIXTURE_SHAPES.items()}
 FORMATS = {"fp32": ("fp32", False), "int4": ("int4", False), "int4-fast": ("int4", True)}
 
 

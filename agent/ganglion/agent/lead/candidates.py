@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from ganglion.agent.lead.adjusting import VocabShare
+from ganglion.agent.lead.draw import Draw
 from ganglion.agent.lead.noise import NOISE_MAX, from_hashes, hash_at_least, hashes, noise
 from ganglion.proto import lane_pb2
 from ganglion.wire.errors import ProtocolViolation
@@ -18,68 +20,81 @@ _NEAR_NATS = 4.0
 _NO_FLOATS: NDArray[np.float64] = np.empty(0, np.float64)
 
 
-@dataclass(frozen=True, slots=True)
-class VocabShare:
-    """A share's token ids first..first+count-1, in groups of `group_rows` (the last one may be shorter)."""
-
-    first: int
-    count: int
-    group_rows: int
-
-    @property
-    def groups(self) -> int:
-        """Vocabulary groups of the share."""
-        return -(-self.count // self.group_rows)
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """What is asked of a share; `candidates` 0: only the best. `position` is that of the token to be drawn."""
-
-    candidates: int
-    temperature: float
-    seed: int
-    position: int
+_NO_IDS: NDArray[np.uint32] = np.empty(0, np.uint32)
+_NO_LOGITS: NDArray[np.float32] = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A share's answer. ids [k] uint32 by falling logit, ties by rising id; logits [k] float32 raw.
+    """A share's answer. ids [k] uint32 by falling adjusted logit, ties by rising id; logits [k] float32 adjusted.
 
-    log_sum_exp, scaled_log_sum_exp: [groups] float64, of the logits and of the logits over the temperature; empty when
-    no candidates were asked for. numeric_error: the logits were not finite and nothing else counts.
+    best_score: -inf when none of the share's tokens may be drawn. best_logit, raw_logits [k] float32 (of `ids`): raw.
+    complete: `ids` holds every token that may be drawn. log_sum_exp [groups] float64, of the raw logits, and top_ids,
+    top_logits [n], the likeliest by raw logit: when log-probabilities were asked for. scaled_log_sum_exp [groups]
+    float64, of the adjusted logits over the temperature: when the mass was asked for. numeric_error: the logits were
+    not finite and nothing else counts.
     """
 
     best_id: int
     best_score: float
     best_logit: float
-    ids: NDArray[np.uint32] = field(default_factory=lambda: np.empty(0, np.uint32))
-    logits: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    ids: NDArray[np.uint32] = field(default_factory=lambda: _NO_IDS)
+    logits: NDArray[np.float32] = field(default_factory=lambda: _NO_LOGITS)
+    raw_logits: NDArray[np.float32] = field(default_factory=lambda: _NO_LOGITS)
+    complete: bool = False
     log_sum_exp: NDArray[np.float64] = field(default_factory=lambda: _NO_FLOATS)
     scaled_log_sum_exp: NDArray[np.float64] = field(default_factory=lambda: _NO_FLOATS)
+    top_ids: NDArray[np.uint32] = field(default_factory=lambda: _NO_IDS)
+    top_logits: NDArray[np.float32] = field(default_factory=lambda: _NO_LOGITS)
     numeric_error: bool = False
 
 
+_NUMERIC_ERROR = Answer(0, 0.0, 0.0, numeric_error=True)
+
+
 def answer(logits: NDArray[np.float32], share: VocabShare, draw: Draw) -> Answer:
-    """Answer `draw` from a row of logits [share.count] float32."""
+    """Answer `draw` from a row of raw logits [share.count] float32."""
     if not (math.isfinite(float(logits.max())) and math.isfinite(float(logits.min()))):
-        return Answer(0, 0.0, 0.0, numeric_error=True)
-    index, score = _best(logits, share.first, draw)
-    best_id, best_logit = share.first + index, float(logits[index])
-    if draw.candidates == 0:
+        return _NUMERIC_ERROR
+    adjusted, available = logits, share.count
+    if draw.adjusting is not None:
+        adjusted, available = draw.adjusting.apply(logits, share), draw.adjusting.available(share)
+        if int(np.count_nonzero(np.isfinite(adjusted))) != available:
+            return _NUMERIC_ERROR
+    best_id, score, best_logit = share.first, -math.inf, 0.0
+    if available:
+        index, score = _best(adjusted, share.first, draw)
+        best_id, best_logit = share.first + index, float(logits[index])
+    if draw.candidates == 0 and draw.top_logprobs < 0:
         return Answer(best_id, score, best_logit)
-    top = top_indices(logits, draw.candidates)
-    plain = group_log_sum_exp(logits, share.group_rows, 1.0)
-    scaled = draw.temperature not in (0.0, 1.0)
+    chosen = top_indices(adjusted, _listed(draw, available))
+    listed = adjusted[chosen]
+    raw, top = listed, chosen[: max(0, draw.top_logprobs)]
+    if draw.adjusting is not None:
+        raw, top = logits[chosen], top_indices(logits, max(0, draw.top_logprobs))
+    plain = group_log_sum_exp(logits, share.group_rows, 1.0) if draw.top_logprobs >= 0 else _NO_FLOATS
+    scaled = _NO_FLOATS
+    if draw.mass:
+        same = draw.temperature == 1.0 and draw.adjusting is None and plain.size
+        scaled = plain if same else group_log_sum_exp(adjusted, share.group_rows, draw.temperature)
     return Answer(
         best_id,
         score,
         best_logit,
+        (chosen + share.first).astype(np.uint32),
+        listed,
+        raw,
+        chosen.size == available,
+        plain,
+        scaled,
         (top + share.first).astype(np.uint32),
         logits[top],
-        plain,
-        group_log_sum_exp(logits, share.group_rows, draw.temperature) if scaled else _NO_FLOATS,
     )
+
+
+def _listed(draw: Draw, available: int) -> int:
+    """How many candidates an answer lists: without adjustments the likeliest by raw logit are the first of them."""
+    return min(max(draw.candidates, 0 if draw.adjusting is not None else draw.top_logprobs), available)
 
 
 def _best(logits: NDArray[np.float32], first: int, draw: Draw) -> tuple[int, float]:
@@ -115,6 +130,8 @@ def _best(logits: NDArray[np.float32], first: int, draw: Draw) -> tuple[int, flo
 
 def top_indices(logits: NDArray[np.float32], count: int) -> NDArray[np.intp]:
     """Indices of the `count` largest (all, when there are fewer), by falling logit, ties by rising index."""
+    if count == 0:
+        return np.empty(0, np.intp)
     if count >= logits.size:
         chosen = np.arange(logits.size)
     else:
@@ -135,6 +152,9 @@ def group_log_sum_exp(logits: NDArray[np.float32], group_rows: int, temperature:
         scaled = logits[group * group_rows : (group + 1) * group_rows].astype(np.float64)
         scaled /= temperature
         peak = float(scaled.max())
+        if peak == -math.inf:  # no token of the group may be drawn
+            found[group] = peak
+            continue
         scaled -= peak
         np.exp(scaled, out=scaled)
         found[group] = peak + math.log(float(scaled.sum()))
@@ -150,45 +170,74 @@ def log_sum_exp(terms: NDArray[np.float64]) -> float:
     return peak + math.log(total)
 
 
-def to_message(reply: Answer) -> lane_pb2.Candidates:
-    """The answer as it travels."""
+def to_message(reply: Answer, draw: Draw) -> lane_pb2.Candidates:
+    """The answer to `draw` as it travels."""
     if reply.numeric_error:
         return lane_pb2.Candidates(numeric_error=True)
-    return lane_pb2.Candidates(
+    message = lane_pb2.Candidates(
         ids=reply.ids.tolist(),
         logits=reply.logits.tolist(),
         log_sum_exp=reply.log_sum_exp.tolist(),
-        best_id=reply.best_id,
-        best_score=reply.best_score,
-        best_logit=reply.best_logit,
         scaled_log_sum_exp=reply.scaled_log_sum_exp.tolist(),
     )
+    if reply.best_score != -math.inf:
+        message.best_id, message.best_score, message.best_logit = reply.best_id, reply.best_score, reply.best_logit
+    if draw.adjusting is not None and draw.top_logprobs >= 0:
+        message.raw_logits.extend(reply.raw_logits.tolist())
+        message.top_ids.extend(reply.top_ids.tolist())
+        message.top_logits.extend(reply.top_logits.tolist())
+    return message
 
 
 def from_message(message: lane_pb2.Candidates, share: VocabShare, draw: Draw) -> Answer:
     """Parse a share's answer to `draw`; raises ProtocolViolation when it is not what was asked."""
     if message.numeric_error:
-        return Answer(0, 0.0, 0.0, numeric_error=True)
-    ids = np.array(message.ids, np.uint32)
-    logits = np.array(message.logits, np.float32)
-    plain = np.array(message.log_sum_exp, np.float64)
+        return _NUMERIC_ERROR
+    available, adjusted, logprobs = draw.available(share), draw.adjusting is not None, draw.top_logprobs >= 0
+    listed = _listed(draw, available)
+    ids, logits = np.array(message.ids, np.uint32), np.array(message.logits, np.float32)
+    _check_ranked(ids, logits, listed, share)
+    sums = np.array(message.log_sum_exp, np.float64)
     scaled = np.array(message.scaled_log_sum_exp, np.float64)
-    asked = min(draw.candidates, share.count)
-    groups = share.groups if asked else 0
-    scaled_groups = groups if draw.temperature not in (0.0, 1.0) else 0
-    if (ids.size, logits.size, plain.size, scaled.size) != (asked, asked, groups, scaled_groups):
-        raise ProtocolViolation(
-            f"candidates: {ids.size} ids, {logits.size} logits, {plain.size} and {scaled.size} sums;"
-            f" asked for {asked}, {asked}, {groups} and {scaled_groups}"
-        )
-    named = np.append(ids, np.uint32(message.best_id))
-    if named.min() < share.first or named.max() >= share.first + share.count:
+    _check_sums(sums, share.groups if logprobs else 0, np.isfinite(sums))
+    _check_sums(scaled, share.groups if draw.mass else 0, np.isfinite(scaled) | (adjusted & np.isneginf(scaled)))
+    raw, top_ids, top_logits = logits, ids[: max(0, draw.top_logprobs)], logits[: max(0, draw.top_logprobs)]
+    if adjusted and logprobs:
+        raw = np.array(message.raw_logits, np.float32)
+        if raw.size != listed or not np.isfinite(raw).all():
+            raise ProtocolViolation(f"candidates: {raw.size} raw logits of {listed}, or not all are finite")
+        top_ids, top_logits = np.array(message.top_ids, np.uint32), np.array(message.top_logits, np.float32)
+        _check_ranked(top_ids, top_logits, min(draw.top_logprobs, share.count), share)
+    best_id, score, best_logit = share.first, -math.inf, 0.0
+    if available:
+        best_id, score, best_logit = message.best_id, message.best_score, message.best_logit
+        if not (math.isfinite(score) and math.isfinite(best_logit)):
+            raise ProtocolViolation("candidates: the best score is not finite")
+        named = np.append(ids, np.uint32(best_id)).astype(np.int64) - share.first
+        if not 0 <= named[-1] < share.count:
+            raise ProtocolViolation(f"candidates: an id outside {share.first}..{share.first + share.count - 1}")
+        if (
+            draw.adjusting is not None
+            and draw.adjusting.allowed is not None
+            and not draw.adjusting.allowed[named].all()
+        ):
+            raise ProtocolViolation("candidates: a token that may not be drawn")
+    complete = listed == available
+    return Answer(best_id, score, best_logit, ids, logits, raw, complete, sums, scaled, top_ids, top_logits)
+
+
+def _check_ranked(ids: NDArray[np.uint32], logits: NDArray[np.float32], expected: int, share: VocabShare) -> None:
+    if ids.size != expected or logits.size != expected:
+        raise ProtocolViolation(f"candidates: {ids.size} ids and {logits.size} logits; asked for {expected}")
+    if expected and (ids.min() < share.first or ids.max() >= share.first + share.count):
         raise ProtocolViolation(f"candidates: an id outside {share.first}..{share.first + share.count - 1}")
-    if not (np.isfinite(logits).all() and np.isfinite(plain).all() and np.isfinite(scaled).all()):
-        raise ProtocolViolation("candidates: a figure is not finite")
-    order = np.lexsort((ids, -logits))
-    if not (order == np.arange(asked)).all() or (asked and np.unique(ids).size != asked):
+    if not np.isfinite(logits).all():
+        raise ProtocolViolation("candidates: a logit is not finite")
+    falls, same = logits[1:] < logits[:-1], logits[1:] == logits[:-1]
+    if not (falls | (same & (ids[1:] > ids[:-1]))).all() or np.unique(ids).size != expected:
         raise ProtocolViolation("candidates: not by falling logit and rising id")
-    if not (math.isfinite(message.best_score) and math.isfinite(message.best_logit)):
-        raise ProtocolViolation("candidates: the best score is not finite")
-    return Answer(message.best_id, message.best_score, message.best_logit, ids, logits, plain, scaled)
+
+
+def _check_sums(sums: NDArray[np.float64], expected: int, good: NDArray[np.bool_]) -> None:
+    if sums.size != expected or not good.all():
+        raise ProtocolViolation(f"candidates: {sums.size} sums of {expected}, or not all are finite")

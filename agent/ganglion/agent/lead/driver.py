@@ -6,20 +6,23 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from google.protobuf.message import DecodeError
 
 from ganglion.agent.executor.embedding import EmbeddingTable
 from ganglion.agent.executor.executor import Batch
-from ganglion.agent.lead.candidates import Answer, Draw, VocabShare, from_message
+from ganglion.agent.lead.adjusting import NO_ADJUSTMENTS, Adjustments, VocabShare
+from ganglion.agent.lead.candidates import Answer, from_message
+from ganglion.agent.lead.draw import Draw, write_draw
+from ganglion.agent.lead.grammar import Grammars
 from ganglion.agent.lead.sampler import Drawn, draw_token
 from ganglion.agent.lead.scheduler import Entry, Scheduler, Step
 from ganglion.agent.lead.session import Session, parse_open
 from ganglion.agent.worker_beat import Beat, LongestRun
 from ganglion.agent.worker_stage import StageRunner
 from ganglion.proto import lane_pb2
-from ganglion.wire.errors import Exhausted, GanglionError, Internal, ProtocolViolation
+from ganglion.wire.errors import GanglionError, Internal, ProtocolViolation
 from ganglion.wire.frames import Expectation, Kind
 from ganglion.wire.lane import Lane
 from ganglion.wire.nouns import Manifest, Plan
@@ -37,15 +40,35 @@ class _Marks:
 
 
 class _Drawing:
-    """An entry that draws, with what its shares are asked."""
+    """An entry that draws, with what its shares are asked, by rank, and the adjustments that they are told now."""
 
-    __slots__ = ("draw", "entry", "session")
+    __slots__ = ("asked", "draws", "entry", "newer", "session")
 
-    def __init__(self, session: Session, entry: Entry) -> None:
+    def __init__(self, session: Session, entry: Entry, vocab: Mapping[int, VocabShare]) -> None:
         sampling = session.request.sampling
         self.session = session
         self.entry = entry
-        self.draw = Draw(sampling.candidates, sampling.temperature, sampling.seed, entry.start + entry.count)
+        self.asked = Draw(
+            sampling.candidates,
+            sampling.temperature,
+            sampling.seed,
+            entry.start + entry.count,
+            sampling.top_logprobs,
+            sampling.mass,
+        )
+        self.draws = dict.fromkeys(vocab, self.asked)
+        self.newer: dict[int, Adjustments] = {}
+        if session.steering is not None:
+            for rank, (adjusting, newer) in session.steering.ask(vocab).items():
+                self.draws[rank] = replace(self.asked, adjusting=adjusting)
+                self.newer[rank] = newer
+
+    def write(self, rank: int | None, vocab: Mapping[int, VocabShare], into: lane_pb2.Draw) -> None:
+        """What a device is asked; None: any, when nothing is adjusted."""
+        if rank is None or rank not in vocab:
+            write_draw(self.asked, NO_ADJUSTMENTS, None, into)
+        else:
+            write_draw(self.draws[rank], self.newer.get(rank, NO_ADJUSTMENTS), vocab[rank], into)
 
 
 class Lead:
@@ -62,6 +85,7 @@ class Lead:
         names: Sequence[str],
         vocab: Mapping[int, VocabShare],
         beat: Beat,
+        grammars: Grammars,
     ) -> None:
         """`names` by rank, for messages; `vocab`: the shares of the output matrix by rank, in order of token ids."""
         self._manifest = manifest
@@ -72,6 +96,7 @@ class Lead:
         self._names = names
         self._vocab = vocab
         self._beat = beat
+        self._grammars = grammars
         self._longest = LongestRun(runner.executor.weights_bytes)
         self._scheduler = Scheduler(chunk=plan.chunk, sessions=plan.sessions)
         self._sessions: dict[int, Session] = {}
@@ -86,13 +111,19 @@ class Lead:
     async def serve(self, message: lane_pb2.Open) -> AsyncGenerator[lane_pb2.SessionEvent, None]:
         """Events of one session; closing the generator cancels it on every device.
 
-        Raises InvalidRequest, ContextExceeded, Exhausted (the queue is full), and what ended the session.
+        Raises InvalidRequest, ContextExceeded, Exhausted (the queue is full), what `Grammars.compile` raises, and what
+        ended the session.
         """
         if self._over is not None:
             raise self._over
         request = parse_open(message, self._manifest, self._plan)
+        constraint = None
+        if request.grammar:
+            constraint = await self._grammars.compile(request.grammar)
+            if self._over is not None:
+                raise self._over
         self._numbers += 1
-        session = Session(self._numbers, request)
+        session = Session(self._numbers, request, constraint)
         self._scheduler.open(session.number, len(request.prompt))
         self._sessions[session.number] = session
         self._work.set()
@@ -138,7 +169,9 @@ class Lead:
         # A client may leave while a lane is waited for; its rows are run all the same, and its tokens dropped.
         running = {entry.session: self._sessions[entry.session] for entry in step.entries}
         self._admit(running, marks.wall)
-        drawing = [_Drawing(running[entry.session], entry) for entry in step.entries if entry.draws]
+        before = time.perf_counter()
+        drawing = [_Drawing(running[entry.session], entry, self._vocab) for entry in step.entries if entry.draws]
+        self._sample_s += time.perf_counter() - before
         await self._announce(step, drawing)
         for number in step.closed:
             executor.close(number)
@@ -160,19 +193,10 @@ class Lead:
     async def _announce(self, step: Step, drawing: Sequence[_Drawing]) -> None:
         if not self._lanes:
             return
-        asked = {one.entry.session: one.draw for one in drawing}
-        message = lane_pb2.Step(step=step.number, closed=step.closed)
-        for entry in step.entries:
-            announced = message.entries.add(session=entry.session, start=entry.start, count=entry.count)
-            draw = asked.get(entry.session)
-            if draw is not None:
-                announced.draw.candidates = draw.candidates
-                announced.draw.temperature = draw.temperature
-                announced.draw.seed = draw.seed
-                announced.draw.position = draw.position
         before = time.perf_counter()
-        payload = message.SerializeToString()
-        for lane in self._lanes.values():
+        same = None if any(one.newer for one in drawing) else _announcement(step, drawing, None, self._vocab)
+        for rank, lane in self._lanes.items():
+            payload = same or _announcement(step, drawing, rank, self._vocab)
             await lane.send_message(Kind.STEP, step.number, payload)
         self._runner.meter.exchange_s += time.perf_counter() - before
 
@@ -180,12 +204,14 @@ class Lead:
 
     async def _draw_all(self, step: int, batch: Batch, drawing: Sequence[_Drawing]) -> list[Drawn | GanglionError]:
         firsts = {placed.session: placed.first + placed.count - 1 for placed in batch.entries}
-        draws = [one.draw for one in drawing]
+        asked = {rank: [one.draws[rank] for one in drawing] for rank in self._vocab}
         computed = self._runner.meter.compute_s
         before = time.perf_counter()
-        own = self._runner.answers(batch, [firsts[one.entry.session] for one in drawing], draws)
+        own = self._runner.answers(batch, [firsts[one.entry.session] for one in drawing], asked.get(0, ()))
         self._sample_s += time.perf_counter() - before - (self._runner.meter.compute_s - computed)
-        by_rank = {rank: own if rank == 0 else await self._replies(rank, step, 0, draws) for rank in self._vocab}
+        by_rank = {
+            rank: own if rank == 0 else await self._replies(rank, step, 0, draws) for rank, draws in asked.items()
+        }
         return [
             await self._draw_one(step, index, one, {rank: answers[index] for rank, answers in by_rank.items()})
             for index, one in enumerate(drawing)
@@ -208,36 +234,35 @@ class Lead:
         self, step: int, index: int, one: _Drawing, answers: dict[int, Answer]
     ) -> Drawn | GanglionError:
         """Draw a token, asking for more candidates as long as they do not decide."""
-        session, draw, rounds = one.session, one.draw, 0
+        sampling, draws, rounds = one.session.request.sampling, one.draws, 0
         while True:
             poor = next((rank for rank, reply in answers.items() if reply.numeric_error), None)
             if poor is not None:
                 return Internal(
-                    f"numeric_error: the logits of device {self._names[poor]} at token {draw.position} are not finite;"
-                    " the weights or the numeric class overflow"
+                    f"numeric_error: the logits of device {self._names[poor]} at token {one.asked.position} are not"
+                    " finite; the weights or the numeric class overflow"
                 )
             before = time.perf_counter()
-            found = draw_token(
-                list(answers.values()), list(self._vocab.values()), session.request.sampling, draw.position
-            )
+            found = draw_token(list(answers.values()), sampling, one.asked.position)
             self._sample_s += time.perf_counter() - before
             if isinstance(found, Drawn):
                 return found
             rounds += 1
-            draw = Draw(found.candidates, draw.temperature, draw.seed, draw.position)
-            answers = await self._ask_again(step, rounds, index, draw)
+            draws = {rank: replace(draw, candidates=found.candidates) for rank, draw in draws.items()}
+            answers = await self._ask_again(step, rounds, index, draws)
 
-    async def _ask_again(self, step: int, rounds: int, index: int, draw: Draw) -> dict[int, Answer]:
-        more = lane_pb2.MoreCandidates(entry=index, candidates=draw.candidates).SerializeToString()
+    async def _ask_again(self, step: int, rounds: int, index: int, draws: Mapping[int, Draw]) -> dict[int, Answer]:
+        candidates = next(iter(draws.values())).candidates
+        more = lane_pb2.MoreCandidates(entry=index, candidates=candidates).SerializeToString()
         for rank in self._vocab:
             if rank != 0:
                 await self._lanes[rank].send_message(Kind.MORE, step, more, rounds)
         found = {}
         for rank in self._vocab:
             if rank == 0:
-                found[rank] = self._runner.again(index, draw)
+                found[rank] = self._runner.again(index, draws[rank])
             else:
-                found[rank] = (await self._replies(rank, step, rounds, [draw]))[0]
+                found[rank] = (await self._replies(rank, step, rounds, [draws[rank]]))[0]
         return found
 
     def _take(self, session: Session, drawn: Drawn | GanglionError) -> None:
@@ -247,9 +272,11 @@ class Lead:
             session.fail(drawn)
             self._close(session)
             return
+        before = time.perf_counter()
         try:
             reason = session.add(drawn)
-        except Exhausted as error:
+            session.spent.sample_s += time.perf_counter() - before  # of a grammar's next mask
+        except GanglionError as error:
             session.fail(error)
             self._close(session)
             return
@@ -285,3 +312,15 @@ class Lead:
                 spent.sample_s += now.sample_s - before.sample_s
             else:
                 spent.queue_s += now.wall - before.wall
+
+
+def _announcement(step: Step, drawing: Sequence[_Drawing], rank: int | None, vocab: Mapping[int, VocabShare]) -> bytes:
+    """The step as it is told to the device of `rank`; None: to every device, when no draw adjusts anything."""
+    asked = {one.entry.session: one for one in drawing}
+    message = lane_pb2.Step(step=step.number, closed=step.closed)
+    for entry in step.entries:
+        announced = message.entries.add(session=entry.session, start=entry.start, count=entry.count)
+        draws = asked.get(entry.session)
+        if draws is not None:
+            draws.write(rank, vocab, announced.draw)
+    return message.SerializeToString()

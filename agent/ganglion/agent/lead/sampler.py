@@ -1,7 +1,8 @@
 """The one sampler: a token from the answers of the shares of the output matrix, the same for any split (D7).
 
-Filters in transformers' order: temperature, top-k, top-p, min-p. A threshold is fixed exactly from the candidates; when
-they do not reach far enough, `More` says how many are needed next.
+Filters in transformers' order: temperature, top-k, top-p, min-p, over the adjusted logits of the tokens that may be
+drawn. A threshold is fixed exactly from the candidates; when they do not reach far enough, `More` says how many are
+needed next. Log-probabilities are of the raw distribution, before any adjustment.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ganglion.agent.lead.candidates import Answer, VocabShare, log_sum_exp
+from ganglion.agent.lead.candidates import Answer, log_sum_exp
 from ganglion.agent.lead.noise import noise
 from ganglion.agent.lead.sampling import Sampling
 
@@ -42,16 +43,12 @@ class More:
     candidates: int
 
 
-def draw_token(
-    answers: Sequence[Answer], shares: Sequence[VocabShare], sampling: Sampling, position: int
-) -> Drawn | More:
-    """Draw the token at `position` from one answer per share; shares and answers in order of token ids."""
+def draw_token(answers: Sequence[Answer], sampling: Sampling, position: int) -> Drawn | More:
+    """Draw the token at `position` from one answer per share, in order of token ids; some token may be drawn."""
     best = max(answers, key=lambda one: (one.best_score, -one.best_id))
     token, logit = best.best_id, best.best_logit
-    if sampling.candidates == 0:
-        return Drawn(token, None, ())
-    merged = _Merged.of(answers, shares)
     if sampling.filtered:
+        merged = _Merged.of(answers)
         kept = _filter(merged, answers, sampling)
         if isinstance(kept, More):
             return kept
@@ -59,38 +56,43 @@ def draw_token(
         scores += noise(sampling.seed, position, merged.ids[:kept])
         tied = np.flatnonzero(scores == scores.max())
         chosen = int(tied[merged.ids[tied].argmin()])
-        token, logit = int(merged.ids[chosen]), float(merged.logits[chosen])
+        token, logit = int(merged.ids[chosen]), float(merged.raw_logits[chosen])
     if sampling.top_logprobs < 0:
         return Drawn(token, None, ())
     total = log_sum_exp(np.concatenate([one.log_sum_exp for one in answers]))
-    likeliest = zip(merged.ids[: sampling.top_logprobs].tolist(), merged.logits.tolist(), strict=False)
+    ids = np.concatenate([one.top_ids for one in answers])
+    logits = np.concatenate([one.top_logits for one in answers])
+    order = np.lexsort((ids, -logits))[: sampling.top_logprobs]
+    likeliest = zip(ids[order].tolist(), logits[order].tolist(), strict=True)
     return Drawn(token, logit - total, tuple(TokenLogprob(one, value - total) for one, value in likeliest))
 
 
 @dataclass(frozen=True, slots=True)
 class _Merged:
-    """Candidates of all shares by falling logit, ties by rising id, as far as nothing can be missing between them.
+    """Candidates of all shares by falling adjusted logit, ties by rising id, as far as none can be missing in between.
 
-    Invariant: every token of the vocabulary that ranks before the last one of `ids` is in `ids`.
+    Invariant: every token that may be drawn and ranks before the last one of `ids` is in `ids`.
     """
 
     ids: NDArray[np.uint32]
     logits: NDArray[np.float32]
+    raw_logits: NDArray[np.float32]
     complete: bool
     asked: int
 
     @staticmethod
-    def of(answers: Sequence[Answer], shares: Sequence[VocabShare]) -> _Merged:
+    def of(answers: Sequence[Answer]) -> _Merged:
         ids = np.concatenate([one.ids for one in answers])
         logits = np.concatenate([one.logits for one in answers])
+        raw = np.concatenate([one.raw_logits for one in answers])
         order = np.lexsort((ids, -logits))
-        ids, logits = ids[order], logits[order]
-        cut = [one for one, share in zip(answers, shares, strict=True) if one.ids.size < share.count]
+        ids, logits, raw = ids[order], logits[order], raw[order]
+        cut = [one for one in answers if not one.complete]
         if not cut:
-            return _Merged(ids, logits, True, ids.size)
+            return _Merged(ids, logits, raw, True, ids.size)
         edge = max(cut, key=lambda one: (float(one.logits[-1]), -int(one.ids[-1])))
         known = int(np.flatnonzero(ids == edge.ids[-1])[0]) + 1
-        return _Merged(ids[:known], logits[:known], False, max(one.ids.size for one in cut))
+        return _Merged(ids[:known], logits[:known], raw[:known], False, max(one.ids.size for one in cut))
 
 
 def _filter(merged: _Merged, answers: Sequence[Answer], sampling: Sampling) -> int | More:
@@ -110,8 +112,7 @@ def _filter(merged: _Merged, answers: Sequence[Answer], sampling: Sampling) -> i
         if sampling.top_k > 0:
             total = log_sum_exp(scaled)
         else:
-            by_group = [one.scaled_log_sum_exp if one.scaled_log_sum_exp.size else one.log_sum_exp for one in answers]
-            total = log_sum_exp(np.concatenate(by_group))
+            total = log_sum_exp(np.concatenate([one.scaled_log_sum_exp for one in answers]))
         mass = np.cumsum(np.exp(scaled - total))
         reached = int(np.searchsorted(mass, sampling.top_p))  # the first token at which the mass is enough
         if reached < kept:

@@ -7,8 +7,10 @@ import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
+from ganglion.agent.lead.grammar import Constraint
 from ganglion.agent.lead.sampler import Drawn
 from ganglion.agent.lead.sampling import Sampling, parse_sampling
+from ganglion.agent.lead.steering import Steering
 from ganglion.proto import lane_pb2
 from ganglion.wire.errors import ContextExceeded, Exhausted, GanglionError, InvalidRequest
 from ganglion.wire.limits import EVENTS_QUEUED
@@ -17,12 +19,13 @@ from ganglion.wire.nouns import Manifest, Plan
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A checked Open. `limit_tokens`: prompt and answer together never exceed it."""
+    """A checked Open. `limit_tokens`: prompt and answer together never exceed it. `grammar`: "" for none."""
 
     prompt: tuple[int, ...]
     limit_tokens: int
     sampling: Sampling
     stop_ids: frozenset[int]
+    grammar: str
 
 
 def parse_open(message: lane_pb2.Open, manifest: Manifest, plan: Plan) -> Request:
@@ -42,7 +45,10 @@ def parse_open(message: lane_pb2.Open, manifest: Manifest, plan: Plan) -> Reques
     if message.max_tokens < 1:
         raise InvalidRequest("max_tokens is 0; use at least 1", param="max_tokens")
     limit = min(len(prompt) + message.max_tokens, plan.context)
-    return Request(prompt, limit, parse_sampling(message.sampling), frozenset(message.stop_ids))
+    stop_ids = frozenset(message.stop_ids)
+    if message.grammar:
+        stop_ids |= frozenset(manifest.eos_ids)  # how a grammar ends
+    return Request(prompt, limit, parse_sampling(message.sampling, vocab), stop_ids, message.grammar)
 
 
 @dataclass(slots=True)
@@ -59,9 +65,11 @@ class Spent:
 class Session:
     """One run of tokens. Invariant: `ids` holds the prompt and every drawn token that did not stop the session."""
 
-    def __init__(self, number: int, request: Request) -> None:
+    def __init__(self, number: int, request: Request, constraint: Constraint | None) -> None:
         self.number = number
         self.request = request
+        steered = request.sampling.penalized or constraint is not None
+        self.steering = Steering(request.sampling, request.prompt, constraint) if steered else None
         self.ids = list(request.prompt)
         self.spent = Spent()
         self.ended = False
@@ -74,7 +82,10 @@ class Session:
         self.spent.queue_s += now - self._opened
 
     def add(self, drawn: Drawn) -> lane_pb2.FinishReason | None:
-        """Take a drawn token; returns why the session ends with it, or None. A stop id is no part of the answer."""
+        """Take a drawn token; returns why the session ends with it, or None. A stop id is no part of the answer.
+
+        Raises Exhausted when the client does not read, and what a grammar raises that cannot go on.
+        """
         if self._first is None:
             self._first = time.perf_counter()
         if drawn.token in self.request.stop_ids:
@@ -84,6 +95,8 @@ class Session:
         self._queue.put_nowait(lane_pb2.Token(id=drawn.token, logprob=drawn.logprob, top=top))
         if self._queue.qsize() > EVENTS_QUEUED:
             raise Exhausted(f"the client has not taken {EVENTS_QUEUED} tokens; its session is cancelled")
+        if self.steering is not None and self.steering.drawn(drawn.token):
+            return lane_pb2.FINISH_REASON_STOP
         return lane_pb2.FINISH_REASON_LENGTH if len(self.ids) >= self.request.limit_tokens else None
 
     def finish(self, reason: lane_pb2.FinishReason) -> None:

@@ -8,12 +8,14 @@ from ganglion.wire.errors import InvalidDocument, NotFound
 from ganglion.wire.nouns import Manifest, PieceRef, Plan, Range, Segment, Share, Stage
 from ganglion.wire.shares import share_pieces
 
+TOKENIZER_FILE = "tokenizer.json"  # of Manifest.tokenizer: the file that a grammar's masks are made from
+
 
 def needed_pieces(manifest: Manifest, plan: Plan, node_id: str) -> tuple[PieceRef, ...]:
     """The pieces and graphs of the share of `node_id`, each once, in the order in which they are used.
 
-    The lead also needs the whole embedding. Raises NotFound when the plan has no such device, InvalidDocument when
-    plan and manifest do not belong together.
+    The lead also needs the whole embedding, and the tokenizer, for grammars. Raises NotFound when the plan has no such
+    device, InvalidDocument when plan and manifest do not belong together.
     """
     for stage in plan.stages:
         for share in stage.shares:
@@ -47,6 +49,8 @@ def _of_share(manifest: Manifest, stage: Stage, share: Share, *, lead: bool) -> 
         )
     if lead:
         yield from manifest.embedding.pieces
+        if TOKENIZER_FILE in manifest.tokenizer:
+            yield manifest.tokenizer[TOKENIZER_FILE]
     yield from _ropes(manifest)
     for layer in manifest.layers[stage.layers.start : stage.layers.stop]:
         for segment in layer.segments:

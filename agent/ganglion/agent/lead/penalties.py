@@ -1,0 +1,40 @@
+"""A session's bias and penalties at the lead: what every id's adjustment is, and which have changed. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ganglion.agent.lead.adjusting import Adjustments
+from ganglion.agent.lead.sampling import Sampling
+
+
+class Penalties:
+    """Repetition counts prompt and answer (as in transformers), presence and frequency the answer alone (OpenAI)."""
+
+    def __init__(self, sampling: Sampling, prompt: Iterable[int]) -> None:
+        self._presence = sampling.presence_penalty
+        self._frequency = sampling.frequency_penalty
+        self._bias = dict(sampling.logit_bias)
+        self._repeats = sampling.repetition_penalty != 1.0
+        self._repeated = set(prompt) if self._repeats else set[int]()
+        self._counts: dict[int, int] = {}
+        self._changed = set(self._bias) | self._repeated
+
+    def drawn(self, token: int) -> None:
+        """A token of the answer."""
+        if self._presence or self._frequency:
+            self._counts[token] = self._counts.get(token, 0) + 1
+            self._changed.add(token)
+        if self._repeats and token not in self._repeated:
+            self._repeated.add(token)
+            self._changed.add(token)
+
+    def take(self) -> Adjustments:
+        """The adjustments that are new or another since the last call."""
+        changed, self._changed = self._changed, set()
+        return Adjustments.of([self._adjustment(token) for token in changed])
+
+    def _adjustment(self, token: int) -> tuple[int, float, bool, float]:
+        count = self._counts.get(token, 0)
+        subtract = self._presence + self._frequency * count if count else 0.0
+        return token, self._bias.get(token, 0.0), token in self._repeated, subtract
