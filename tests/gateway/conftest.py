@@ -38,7 +38,6 @@ from ganglion.wire.nouns import (
     PieceRef,
     Plan,
     Range,
-    RopeTable,
     Segment,
     Share,
     Stage,
@@ -152,7 +151,7 @@ def piece(content: bytes) -> PieceRef:
 NUMERIC = NumericClass(format="fp32", block=0, exact=True)
 
 
-def manifest_of(name: str, files: dict[str, bytes]) -> Manifest:
+def manifest_of(name: str, files: dict[str, bytes], *, vocab: int = 260, context: int = CONTEXT) -> Manifest:
     nothing = piece(b"")
     geometry = Geometry(
         hidden=8,
@@ -161,12 +160,12 @@ def manifest_of(name: str, files: dict[str, bytes]) -> Manifest:
         kv_heads=1,
         head_dim=8,
         intermediate=16,
-        vocab=260,
-        context=CONTEXT,
+        vocab=vocab,
+        context=context,
         head_groups=1,
         column_groups=1,
         vocab_groups=1,
-        vocab_group_rows=260,
+        vocab_group_rows=vocab,
     )
     return Manifest(
         format_version=2,
@@ -387,8 +386,15 @@ class Fleet:
     agent: Agent
     manifests: dict[str, Manifest]
     scripts: dict[str, Any] = field(default_factory=lambda: SCRIPTS)
+    accepted = staticmethod(accepted)
+    tokens = staticmethod(tokens)
+    finished = staticmethod(finished)
     listening: Listening | None = None
     running: asyncio.Task[None] | None = None
+
+    def add_model(self, name: str, files: dict[str, bytes], *, vocab: int, context: int) -> None:
+        self.agent.pieces |= {piece(content).digest: content for content in files.values()}
+        self.manifests[name] = manifest_of(name, files, vocab=vocab, context=context)
 
     def state(self, model: str = "tiny", **changes: Any) -> admin_pb2.DeploymentState:
         manifest = self.manifests[model]
@@ -397,7 +403,7 @@ class Fleet:
         plan = Plan(
             manifest_digest=digest(manifest),
             numeric_class=NUMERIC,
-            context=CONTEXT,
+            context=manifest.geometry.context,
             sessions=4,
             chunk=64,
             stages=(Stage(layers=Range(0, 1), shares=(share,), topology="mesh"),),
@@ -533,3 +539,8 @@ def bytes_tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def make_world() -> Callable[[], World]:
     return World
+
+
+@pytest.fixture(scope="session")
+def make_fleet() -> Callable[[Path], contextlib.AbstractAsyncContextManager[Fleet]]:
+    return fleet_in

@@ -194,7 +194,7 @@ async def test_tokenizer_is_kept(fleet: Any) -> None:
     assert fetched == 2
     await fleet.stop()
     kept = sorted(path.name for path in (fleet.home.path / "tokenizers").glob("*/*"))
-    assert kept == ["tokenizer.json", "tokenizer_config.json"]
+    assert kept == ["tokenizer.json", "tokenizer_config.json", "tried-1"]
     file = next((fleet.home.path / "tokenizers").glob("*/tokenizer.json"))
     file.write_bytes(file.read_bytes() + b" ")  # bit rot
     await fleet.start()

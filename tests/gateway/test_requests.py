@@ -47,28 +47,41 @@ def refusal(answer: httpx.Response, status: int) -> dict[str, Any]:
     return found
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+def calling(arguments: str) -> list[dict[str, Any]]:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return [*ASK, {"role": "assistant", "tool_calls": [call]}]
+
+
+def structured(**schema: Any) -> dict[str, Any]:
+    return chat(response_format={"type": "json_schema", "json_schema": {"name": "s", "schema": schema}})
+
+
 REFUSED = [
-    (CHAT, chat(n=2), "n"),
-    (CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}]), "tools"),
-    (CHAT, chat(response_format={"type": "json_object"}), "response_format"),
-    (CHAT, chat(presence_penalty=0.5), "presence_penalty"),
-    (CHAT, chat(frequency_penalty=True), "frequency_penalty"),
-    (CHAT, chat(logit_bias={"5": 1}), "logit_bias"),
+    (CHAT, chat(tools=[{"type": "custom", "custom": {"name": "f"}}]), "tools[0].type"),
+    (CHAT, chat(tools=[TOOL], tool_choice={"type": "allowed_tools"}), "tool_choice.type"),
+    (CHAT, chat(functions=[{"name": "f"}]), "functions"),
+    (CHAT, chat(function_call={"name": "f"}), "function_call"),
+    (CHAT, chat(best_of=2), "best_of"),
     (CHAT, chat(store=True), "store"),
     (CHAT, chat(reasoning_effort="high"), "reasoning_effort"),
     (CHAT, chat(nonsense=1), "nonsense"),
     (CHAT, chat(modalities=["audio"]), "modalities"),
     (CHAT, chat(echo=False), "echo"),
-    (CHAT, chat(messages=[{"role": "assistant", "content": "x", "tool_calls": [{}]}]), "messages[0].tool_calls"),
+    (CHAT, chat(messages=[{"role": "assistant", "content": "x", "function_call": {}}]), "messages[0].function_call"),
     (CHAT, chat(messages=[*ASK, {"role": "user", "content": "x", "shoe": 1}]), "messages[1].shoe"),
     (
         CHAT,
         chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
         "messages[0].content[0].type",
     ),
-    (TEXT, text(echo=True), "echo"),
+    (TEXT, text(echo=True, logprobs=1), "echo"),
     (TEXT, text(suffix="x"), "suffix"),
     (TEXT, text(best_of=2), "best_of"),
+    (TEXT, text(best_of=1, n=2), "best_of"),
+    (TEXT, text(tools=[]) | {"tools": [TOOL]}, "tools"),
     (TEXT, text(prompt=["a", "b"]), "prompt"),
     (TEXT, text(prompt=[[1], [2]]), "prompt"),
     (TEXT, text(max_completion_tokens=3), "max_completion_tokens"),
@@ -92,6 +105,58 @@ INVALID = [
     (CHAT, chat(messages=[{"role": "user"}]), "messages[0].content"),
     (CHAT, chat(messages=[{"role": "user", "content": 5}]), "messages[0].content"),
     (CHAT, chat(messages=[{"role": "user", "content": [{"type": "text"}]}]), "messages[0].content[0].text"),
+    (CHAT, chat(messages=[{"role": "tool", "content": "x"}]), "messages[0].tool_call_id"),
+    (CHAT, chat(messages=[ASK[0] | {"tool_calls": calling("{}")[1]["tool_calls"]}]), "messages[0].tool_calls"),
+    (CHAT, chat(messages=calling("{")), "messages[1].tool_calls[0].function.arguments"),
+    (CHAT, chat(messages=calling("[]")), "messages[1].tool_calls[0].function.arguments"),
+    (CHAT, chat(n=0), "n"),
+    (CHAT, chat(n=9), "n"),
+    (CHAT, chat(n=True), "n"),
+    (CHAT, chat(presence_penalty=2.1), "presence_penalty"),
+    (CHAT, chat(frequency_penalty=True), "frequency_penalty"),
+    (CHAT, chat(frequency_penalty=-2.1), "frequency_penalty"),
+    (CHAT, chat(repetition_penalty=0), "repetition_penalty"),
+    (CHAT, chat(logit_bias={"5": 101}), "logit_bias"),
+    (CHAT, chat(logit_bias={"five": 1}), "logit_bias"),
+    (CHAT, chat(logit_bias={"05": 1}), "logit_bias"),
+    (CHAT, chat(logit_bias={"-1": 1}), "logit_bias"),
+    (CHAT, chat(logit_bias={"260": 1}), "logit_bias"),
+    (CHAT, chat(logit_bias=[1]), "logit_bias"),
+    (CHAT, chat(logit_bias={str(at): 1 for at in range(1025)}), "logit_bias"),
+    (CHAT, chat(tools=[{"type": "function"}]), "tools[0].function"),
+    (CHAT, chat(tools=[{"type": "function", "function": {"name": "a b"}}]), "tools[0].function.name"),
+    (CHAT, chat(tools=[TOOL, TOOL]), "tools"),
+    (CHAT, chat(tools=[TOOL] * 129), "tools"),
+    (CHAT, chat(tool_choice="required"), "tool_choice"),
+    (CHAT, chat(tool_choice="sometimes"), "tool_choice"),
+    (CHAT, chat(tools=[TOOL], tool_choice={"type": "function", "function": {"name": "g"}}), "tool_choice"),
+    (
+        CHAT,
+        chat(tools=[{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]),
+        "tools[0].function.parameters",
+    ),
+    (CHAT, chat(response_format={"type": "xml"}), "response_format.type"),
+    (CHAT, chat(response_format={"type": "json_schema"}), "response_format.json_schema"),
+    (
+        CHAT,
+        chat(response_format={"type": "json_schema", "json_schema": {"name": "s"}}),
+        "response_format.json_schema.schema",
+    ),
+    (CHAT, structured(type="integer", minimum=5, maximum=3), "response_format.json_schema.schema"),
+    (CHAT, structured(**{"$ref": "#/nowhere"}), "response_format.json_schema.schema"),
+    (CHAT, structured(enum=["x" * 65536]), "response_format.json_schema.schema"),
+    (CHAT, chat(structured_outputs={}), "structured_outputs"),
+    (CHAT, chat(structured_outputs={"regex": "a", "choice": ["a"]}), "structured_outputs.choice"),
+    (CHAT, chat(guided_regex="(a"), "guided_regex"),
+    (CHAT, chat(guided_regex="a", response_format={"type": "json_object"}), "guided_regex"),
+    (CHAT, chat(guided_choice=[]), "guided_choice"),
+    (CHAT, chat(guided_choice=["a", "a"]), "guided_choice"),
+    (CHAT, chat(guided_json="{"), "guided_json"),
+    (CHAT, chat(guided_json="[]"), "guided_json"),
+    (CHAT, chat(guided_grammar="start: nothing"), "guided_grammar"),
+    (CHAT, chat(guided_grammar="start: <[7]>"), "guided_grammar"),
+    (CHAT, chat(guided_grammar="root ::= " + "(" * 20000), "guided_grammar"),
+    (TEXT, text(guided_regex="x" * 65537), "guided_regex"),
     (CHAT, chat(temperature=2.1), "temperature"),
     (CHAT, chat(temperature=-0.1), "temperature"),
     (CHAT, chat(temperature="1"), "temperature"),
@@ -144,6 +209,7 @@ HARMLESS_CHAT = {
     "store": False,
     "metadata": {"a": "b"},
     "tools": [],
+    "functions": [],
     "tool_choice": "none",
     "parallel_tool_calls": True,
     "response_format": {"type": "text"},
@@ -205,7 +271,7 @@ MALFORMED = [
     b'{"temperature": NaN}',
     b'{"temperature": Infinity}',
     b'{"seed": ' + b"9" * 5000 + b"}",
-    b'{"a":' * 33 + b"1" + b"}" * 33,
+    b'{"a":' * 97 + b"1" + b"}" * 97,
     b'{"a":' + b"[" * 200000,
     b"[" * 200000,
 ]
@@ -219,9 +285,9 @@ async def test_a14_malformed_body(api: Any, body: bytes) -> None:
 
 async def test_depth_at_the_limit_passes(api: Any) -> None:
     deep: Any = "x"
-    for _ in range(30):
+    for _ in range(94):
         deep = [deep]
-    assert (await post(api, TEXT, text(metadata=[deep]))).status_code == 200  # the object, its list, and thirty more
+    assert (await post(api, TEXT, text(metadata=[deep]))).status_code == 200  # the object, its list, and 94 more
     refusal(await post(api, TEXT, text(metadata=[[deep]])), 400)
 
 
@@ -261,7 +327,10 @@ JSON = st.recursive(
     max_leaves=12,
 )
 FIELDS = st.sampled_from(
-    ["model", "messages", "prompt", "stop", "seed", "top_p", "logprobs", "n", "stream_options", "chat_template_kwargs"]
+    [
+        *("model", "messages", "prompt", "stop", "seed", "top_p", "logprobs", "n", "stream_options", "logit_bias"),
+        *("chat_template_kwargs", "tools", "tool_choice", "response_format", "structured_outputs", "guided_json"),
+    ]
 )
 
 

@@ -1,5 +1,7 @@
 """Chat templates: what transformers renders, and what a hostile one may not do."""
 
+# ruff: noqa: N802 - the ids of faults in names of tests are upper case
+
 from __future__ import annotations
 
 import asyncio
@@ -158,7 +160,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("source", HOSTILE)
-async def test_e6_hostile_template(renderer: TemplateRenderer, source: str) -> None:
+async def test_E6_hostile_template(renderer: TemplateRenderer, source: str) -> None:
     try:
         found = await ours(renderer, source, CONVERSATIONS[0])
     except InvalidRequest as error:
@@ -172,7 +174,7 @@ async def test_e6_hostile_template(renderer: TemplateRenderer, source: str) -> N
     assert await ours(renderer, CHATML, CONVERSATIONS[0]) == by_transformers(CHATML, CONVERSATIONS[0])
 
 
-async def test_e6_limits_are_named(renderer: TemplateRenderer) -> None:
+async def test_E6_limits_are_named(renderer: TemplateRenderer) -> None:
     with pytest.raises(InvalidRequest, match="within 1 s"):
         await ours(renderer, "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", [])
     with pytest.raises(InvalidRequest, match="1048576 bytes"):

@@ -6,13 +6,14 @@ import hashlib
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ganglion.gateway.callparser import Arguments, CallParser, Content, Event, Started
 from ganglion.gateway.generation import Ended
 from ganglion.gateway.tokenizing import ModelTokenizer
-from ganglion.gateway.transcript import Placed
+from ganglion.gateway.transcript import Delta, Placed
 
 Json = dict[str, Any]
 
@@ -22,13 +23,35 @@ def fingerprint(numeric_class: str) -> str:
     return "fp_" + hashlib.sha256(numeric_class.encode()).hexdigest()[:16]
 
 
-def usage(end: Ended) -> Json:
-    """Tokens in and out."""
-    return {
-        "prompt_tokens": end.prompt_tokens,
-        "completion_tokens": end.completion_tokens,
-        "total_tokens": end.prompt_tokens + end.completion_tokens,
-    }
+def usage(ends: Sequence[Ended]) -> Json:
+    """Tokens in and out of every choice together; the prompt counts once."""
+    prompt = max((end.prompt_tokens for end in ends), default=0)
+    completion = sum(end.completion_tokens for end in ends)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+@dataclass
+class Answer:
+    """One choice as far as it has come."""
+
+    parts: list[str] = field(default_factory=list)
+    tokens: list[Placed] = field(default_factory=list)
+    end: Ended | None = None
+
+    def add(self, delta: Delta) -> None:
+        """Take more of it."""
+        self.parts.append(delta.text)
+        self.tokens.extend(delta.tokens)
+
+    @property
+    def text(self) -> str:
+        """Everything so far."""
+        return "".join(self.parts)
+
+    @property
+    def reason(self) -> str:
+        """Why it ended."""
+        return self.end.reason if self.end is not None else ""
 
 
 @dataclass
@@ -58,63 +81,91 @@ class Writer(ABC):
             "system_fingerprint": self.fingerprint,
         }
 
-    def _chunk(self, choice: Json) -> Json:
-        chunk = self._base(self.chunk) | {"choices": [{"index": 0, **choice}]}
+    def _chunk(self, index: int, choice: Json) -> Json:
+        chunk = self._base(self.chunk) | {"choices": [{"index": index, **choice}]}
         return chunk | {"usage": None} if self.include_usage else chunk
 
-    def usage_chunk(self, end: Ended) -> Json:
+    def usage_chunk(self, ends: Sequence[Ended]) -> Json:
         """The last chunk of a stream whose client asked for it."""
-        return self._base(self.chunk) | {"choices": [], "usage": usage(end)}
-
-    def first(self) -> list[Json]:
-        """Chunks before any text."""
-        return []
+        return self._base(self.chunk) | {"choices": [], "usage": usage(ends)}
 
     @abstractmethod
-    def delta(self, text: str, tokens: Sequence[Placed]) -> Json:
-        """A chunk with text."""
+    def first(self, count: int) -> Iterable[Json]:
+        """Chunks before the text of any of `count` choices."""
 
     @abstractmethod
-    def last(self, end: Ended) -> Json:
-        """The chunk with the finish reason."""
+    def delta(self, index: int, delta: Delta) -> Iterable[Json]:
+        """Chunks with more of a choice."""
 
     @abstractmethod
-    def complete(self, text: str, tokens: Sequence[Placed], end: Ended) -> Json:
-        """The whole answer."""
+    def last(self, index: int, end: Ended) -> Iterable[Json]:
+        """Chunks with what was held of a choice, and its finish reason."""
+
+    def complete(self, answers: Sequence[Answer]) -> Json:
+        """The whole response."""
+        choices = [{"index": index, **self._choice(answer)} for index, answer in enumerate(answers)]
+        ends = [answer.end for answer in answers if answer.end is not None]
+        return self._base(self.whole) | {"choices": choices, "usage": usage(ends)}
+
+    @abstractmethod
+    def _choice(self, answer: Answer) -> Json:
+        """One choice of the whole response."""
 
 
 @dataclass
 class ChatWriter(Writer):
-    """chat.completion and chat.completion.chunk."""
+    """chat.completion and chat.completion.chunk; `parser` makes what finds calls of tools in an answer's text."""
 
     prefix: str = "chatcmpl"
     whole: str = "chat.completion"
     chunk: str = "chat.completion.chunk"
+    parser: Callable[[], CallParser] | None = None
+    _parsers: dict[int, CallParser] = field(default_factory=dict)
 
-    def first(self) -> list[Json]:
+    def first(self, count: int) -> Iterable[Json]:
         """The role comes before any text."""
-        return [self._choice({"role": "assistant", "content": ""}, None, None)]
+        return [self._delta(index, {"role": "assistant", "content": ""}) for index in range(count)]
 
-    def delta(self, text: str, tokens: Sequence[Placed]) -> Json:
-        """A chunk with text."""
-        return self._choice({"content": text}, self._logprobs(tokens), None)
+    def delta(self, index: int, delta: Delta) -> Iterable[Json]:
+        """Text, and calls: first the id and the name, then pieces of the arguments."""
+        events: Sequence[Event] = [Content(delta.text)]
+        if self.parser is not None:
+            if index not in self._parsers:
+                self._parsers[index] = self.parser()
+            events = self._parsers[index].push(delta.text)
+        fields = [_fields(event) for event in events]
+        logprobs = self._logprobs(delta.tokens)
+        if not fields and logprobs is not None:
+            fields = [{}]  # the text is held, its tokens are not
+        for at, field_ in enumerate(fields):
+            yield self._delta(index, field_, logprobs if at == 0 else None)
 
-    def last(self, end: Ended) -> Json:
-        """The chunk with the finish reason."""
-        return self._choice({}, None, end.reason)
+    def last(self, index: int, end: Ended) -> Iterable[Json]:
+        """What the parser held, then the finish reason."""
+        parser = self._parsers.get(index)
+        for event in parser.finish() if parser is not None else ():
+            yield self._delta(index, _fields(event))
+        yield self._delta(index, {}, reason=_reason(end.reason, 0 if parser is None else parser.calls))
 
-    def complete(self, text: str, tokens: Sequence[Placed], end: Ended) -> Json:
-        """The whole answer."""
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": self._logprobs(tokens),
-            "finish_reason": end.reason,
+    def _choice(self, answer: Answer) -> Json:
+        message: Json = {"role": "assistant", "content": answer.text, "refusal": None}
+        calls: list[Json] = []
+        if self.parser is not None:
+            parser = self.parser()
+            events = [*parser.push(answer.text), *parser.finish()]
+            content = "".join(event.text for event in events if isinstance(event, Content))
+            calls = [_call(event, events) for event in events if isinstance(event, Started)]
+            message["content"] = content if content.strip() or not calls else None
+            if calls:
+                message["tool_calls"] = calls
+        return {
+            "message": message,
+            "logprobs": self._logprobs(answer.tokens),
+            "finish_reason": _reason(answer.reason, len(calls)),
         }
-        return self._base(self.whole) | {"choices": [choice], "usage": usage(end)}
 
-    def _choice(self, delta: Json, logprobs: Json | None, reason: str | None) -> Json:
-        return self._chunk({"delta": delta, "logprobs": logprobs, "finish_reason": reason})
+    def _delta(self, index: int, delta: Json, logprobs: Json | None = None, reason: str | None = None) -> Json:
+        return self._chunk(index, {"delta": delta, "logprobs": logprobs, "finish_reason": reason})
 
     def _logprobs(self, tokens: Sequence[Placed]) -> Json | None:
         if self.logprobs < 0:
@@ -135,26 +186,58 @@ class ChatWriter(Writer):
         }
 
 
+def _fields(event: Event) -> Json:
+    """An event as a chunk's delta."""
+    match event:
+        case Content(text):
+            return {"content": text}
+        case Started(index, identifier, name):
+            function = {"name": name, "arguments": ""}
+            return {"tool_calls": [{"index": index, "id": identifier, "type": "function", "function": function}]}
+        case Arguments(index, text):
+            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+
+
+def _call(started: Started, events: Sequence[Event]) -> Json:
+    pieces = (event.text for event in events if isinstance(event, Arguments) and event.index == started.index)
+    function = {"name": started.name, "arguments": "".join(pieces)}
+    return {"id": started.id, "type": "function", "function": function}
+
+
+def _reason(reason: str, calls: int) -> str:
+    return "tool_calls" if calls and reason == "stop" else reason
+
+
 @dataclass
 class CompletionWriter(Writer):
-    """text_completion; a chunk has the same object name. `text_offset` counts from the beginning of the answer."""
+    """text_completion; a chunk has the same object name. `text_offset` counts from the beginning of the answer.
+
+    `echo`: the prompt's text, which comes before every choice.
+    """
 
     prefix: str = "cmpl"
     whole: str = "text_completion"
     chunk: str = "text_completion"
+    echo: str = ""
 
-    def delta(self, text: str, tokens: Sequence[Placed]) -> Json:
+    def first(self, count: int) -> Iterable[Json]:
+        """The prompt, when it is echoed."""
+        return [self._text(index, self.echo) for index in range(count)] if self.echo else []
+
+    def delta(self, index: int, delta: Delta) -> Iterable[Json]:
         """A chunk with text."""
-        return self._chunk({"text": text, "logprobs": self._logprobs(tokens), "finish_reason": None})
+        return [self._text(index, delta.text, self._logprobs(delta.tokens))]
 
-    def last(self, end: Ended) -> Json:
+    def last(self, index: int, end: Ended) -> Iterable[Json]:
         """The chunk with the finish reason."""
-        return self._chunk({"text": "", "logprobs": None, "finish_reason": end.reason})
+        return [self._text(index, "", reason=end.reason)]
 
-    def complete(self, text: str, tokens: Sequence[Placed], end: Ended) -> Json:
-        """The whole answer."""
-        choice = {"index": 0, "text": text, "logprobs": self._logprobs(tokens), "finish_reason": end.reason}
-        return self._base(self.whole) | {"choices": [choice], "usage": usage(end)}
+    def _choice(self, answer: Answer) -> Json:
+        logprobs = self._logprobs(answer.tokens)
+        return {"text": self.echo + answer.text, "logprobs": logprobs, "finish_reason": answer.reason}
+
+    def _text(self, index: int, text: str, logprobs: Json | None = None, reason: str | None = None) -> Json:
+        return self._chunk(index, {"text": text, "logprobs": logprobs, "finish_reason": reason})
 
     def _logprobs(self, tokens: Sequence[Placed]) -> Json | None:
         if self.logprobs < 0:

@@ -18,16 +18,17 @@ from starlette.responses import Response
 from starlette.routing import Route as Path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ganglion.gateway.answers import fingerprint
+from ganglion.gateway.answers import Answer, fingerprint
+from ganglion.gateway.choices import Numbered
 from ganglion.gateway.edge import Refused, read_object
 from ganglion.gateway.failures import JSONBody, failure, known
-from ganglion.gateway.generation import Began, Ended, Part
+from ganglion.gateway.generation import Began, Ended
 from ganglion.gateway.guard import Guard
 from ganglion.gateway.metrics import CONTENT_TYPE
 from ganglion.gateway.parameters import parse_chat, parse_completion
 from ganglion.gateway.service import Answering, Service
 from ganglion.gateway.streams import EventStream, Pump, unless_gone
-from ganglion.gateway.transcript import Delta, Placed
+from ganglion.gateway.transcript import Delta
 from ganglion.wire.errors import Internal, InvalidRequest, NotFound
 
 ROUTE = "ganglion.route"  # key of the scope: the path as declared
@@ -95,18 +96,18 @@ class Api:
         return await unless_gone(request.receive, self._whole(answering))
 
     async def _whole(self, answering: Answering) -> Response:
-        text: list[str] = []
-        tokens: list[Placed] = []
+        answers = [Answer() for _ in answering.requests]
         async with aclosing(self._service.parts(answering)) as parts:
-            async for part in parts:
+            async for index, part in parts:
                 if isinstance(part, Began):
                     answering.writer.fingerprint = fingerprint(part.numeric_class)
                 elif isinstance(part, Ended):
-                    return JSONBody(answering.writer.complete("".join(text), tokens, part))
+                    answers[index].end = part
                 else:
-                    text.append(part.text)
-                    tokens.extend(part.tokens)
-        raise Internal("the answer ended without a reason")
+                    answers[index].add(part)
+        if any(answer.end is None for answer in answers):
+            raise Internal("the answer ended without a reason")
+        return JSONBody(answering.writer.complete(answers))
 
     async def _stream(self, request: Request, answering: Answering) -> Response:
         """The response, as soon as the lead has taken the session: until then a failure has a status of its own."""
@@ -119,21 +120,25 @@ class Api:
         return EventStream(pump, _chunks(first, pump, answering))
 
 
-async def _chunks(first: Part | None, pump: Pump, answering: Answering) -> AsyncIterator[Any]:
+async def _chunks(item: Numbered | None, pump: Pump, answering: Answering) -> AsyncIterator[Any]:
     writer = answering.writer
-    if isinstance(first, Began):
-        writer.fingerprint = fingerprint(first.numeric_class)
-    for chunk in writer.first():
+    if item is not None and isinstance(item[1], Began):
+        writer.fingerprint = fingerprint(item[1].numeric_class)
+    for chunk in writer.first(len(answering.requests)):
         yield chunk
-    part = await pump.next() if isinstance(first, Began) else first
-    while part is not None:
+    ends: list[Ended] = []
+    while item is not None:
+        index, part = item
         if isinstance(part, Ended):
-            yield writer.last(part)
-            if writer.include_usage:
-                yield writer.usage_chunk(part)
+            ends.append(part)
+            for chunk in writer.last(index, part):
+                yield chunk
         elif isinstance(part, Delta) and (part.text or part.tokens):
-            yield writer.delta(part.text, part.tokens)
-        part = await pump.next()
+            for chunk in writer.delta(index, part):
+                yield chunk
+        item = await pump.next()
+    if writer.include_usage:
+        yield writer.usage_chunk(ends)
 
 
 def _answered(path: str, endpoint: Endpoint) -> Endpoint:

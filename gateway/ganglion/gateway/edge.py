@@ -9,10 +9,12 @@ from typing import Any, NoReturn
 
 from starlette.requests import Request
 
+from ganglion.gateway.schemas import SCHEMA_DEPTH
 from ganglion.wire.errors import GanglionError, InvalidRequest
 from ganglion.wire.limits import HTTP_BODY_BYTES, JSON_DEPTH
 
 BODY_S = 30.0  # for a whole body to arrive
+BODY_DEPTH = JSON_DEPTH + SCHEMA_DEPTH  # a schema may be deep, whatever is around it
 DRAINED_BYTES = 4 * HTTP_BODY_BYTES  # of a body that is too long, read so that the client hears why
 
 
@@ -102,7 +104,7 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def _too_deep() -> InvalidRequest:
-    return InvalidRequest(f"the body is nested deeper than {JSON_DEPTH} levels")
+    return InvalidRequest(f"the body is nested deeper than {BODY_DEPTH} levels")
 
 
 def _check(root: dict[str, Any]) -> None:
@@ -110,7 +112,7 @@ def _check(root: dict[str, Any]) -> None:
     level: list[Any] = [root]
     depth = 1
     while level:
-        if depth > JSON_DEPTH:
+        if depth > BODY_DEPTH:
             raise _too_deep()
         below: list[Any] = []
         for value in level:

@@ -11,33 +11,64 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
+from ganglion.gateway.messages import Edge, Message, NamedChoice, Tool
 from ganglion.wire.errors import InvalidRequest, Unsupported
 from ganglion.wire.limits import STOP_STRING_CHARACTERS, STOP_STRINGS, TOP_LOGPROBS
 
 INT64 = 1 << 63
 TOKENS_MAX = 1 << 31
+CHOICES = 8  # of one request
+LOGIT_BIASES = 1024
+TOOLS = 128
+CHOICE_STRINGS = 1024  # of a structured output
+GRAMMAR_CHARACTERS = 64 << 10  # of a regular expression or a grammar that a client sends
 
 StopString = Annotated[str, Field(min_length=1, max_length=STOP_STRING_CHARACTERS)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 32)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Pattern = Annotated[str, Field(min_length=1, max_length=GRAMMAR_CHARACTERS)]
+Alternatives = Annotated[list[str], Field(min_length=1, max_length=CHOICE_STRINGS)]
 
 
-class _Edge(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class StreamOptions(_Edge):
+class StreamOptions(Edge):
     """`include_usage`: one more chunk with the usage, at the end. Obfuscation is a padding that we never add."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
 
 
-class Common(_Edge):
+class JsonSchema(Edge):
+    """A named schema; `strict` changes nothing, the answer is always constrained."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(Edge):
+    """OpenAI's way to say what the answer must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Edge):
+    """vLLM's way: one of these."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: Pattern | None = None
+    choice: Alternatives | None = None
+    grammar: Pattern | None = None
+
+
+class Common(Edge):
     """What both endpoints share; defaults are OpenAI's, and 0 (or 1 for top_p) switches a filter off."""
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
+    n: Annotated[int, Field(ge=1, le=CHOICES)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1, le=TOKENS_MAX)] | None = None
@@ -47,6 +78,16 @@ class Common(_Edge):
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=STOP_STRINGS)] | None = None
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field({}, max_length=LOGIT_BIASES)
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: Pattern | None = None
+    guided_choice: Alternatives | None = None
+    guided_grammar: Pattern | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -56,33 +97,19 @@ class Common(_Edge):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
+    def biases(self) -> dict[int, float]:
+        """`logit_bias` by token id; raises InvalidRequest for a key that is no id."""
+        found: dict[int, float] = {}
+        for key, bias in self.logit_bias.items():
+            if not re.fullmatch(r"0|[1-9][0-9]{0,9}", key, re.ASCII):
+                raise InvalidRequest(f"logit_bias: {key[:32]!r} is not a token id", param="logit_bias")
+            found[int(key)] = bias
+        return found
+
+    @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a chunk that holds the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
-
-
-class TextPart(_Edge):
-    """A part of a message's content; parts of other types are refused by name."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(_Edge):
-    """One message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
-    name: str | None = None
-    tool_call_id: str | None = None
-
-    def for_template(self) -> dict[str, str]:
-        """As chat templates know it: text parts joined by line feeds, developer called system."""
-        content = self.content
-        text = content if isinstance(content, str) else "\n".join(part.text for part in content)
-        fields = {"role": "system" if self.role == "developer" else self.role, "content": text}
-        named = {"name": self.name, "tool_call_id": self.tool_call_id}
-        return fields | {key: value for key, value in named.items() if value is not None}
 
 
 class ChatRequest(Common):
@@ -92,7 +119,10 @@ class ChatRequest(Common):
     max_completion_tokens: Annotated[int, Field(ge=1, le=TOKENS_MAX)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
-    chat_template_kwargs: dict[str, Any] = {}
+    tools: list[Tool] = Field([], max_length=TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice = "auto"
+    parallel_tool_calls: bool = True
+    chat_template_kwargs: dict[str, Any] = Field({})
 
     @property
     def answer_tokens(self) -> int | None:
@@ -110,6 +140,8 @@ class CompletionRequest(Common):
 
     prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
     logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
+    echo: bool = False
+    best_of: Annotated[int, Field(ge=1)] | None = None
 
     @property
     def wanted_logprobs(self) -> int:
@@ -132,11 +164,6 @@ def _any(_: Any) -> bool:
 
 
 _NEUTRAL_COMMON: Mapping[str, Neutral] = {
-    "n": _is(1),
-    "presence_penalty": _is(0),
-    "frequency_penalty": _is(0),
-    "repetition_penalty": _is(1),
-    "logit_bias": _is({}),
     "user": _any,
     "metadata": _any,
 }
@@ -144,12 +171,8 @@ _NEUTRAL_COMMON: Mapping[str, Neutral] = {
 _NEUTRAL_CHAT: Mapping[str, Neutral] = {
     **_NEUTRAL_COMMON,
     "store": _is(False),
-    "tools": _is([]),
-    "tool_choice": _is("none", "auto"),
-    "parallel_tool_calls": _is(True, False),
     "functions": _is([]),
     "function_call": _is("none", "auto"),
-    "response_format": _is({"type": "text"}),
     "service_tier": _is("auto", "default"),
     "modalities": _is(["text"]),
     "verbosity": _is("medium"),
@@ -159,15 +182,14 @@ _NEUTRAL_CHAT: Mapping[str, Neutral] = {
 
 _NEUTRAL_COMPLETION: Mapping[str, Neutral] = {
     **_NEUTRAL_COMMON,
-    "best_of": _is(1),
-    "echo": _is(False),
     "suffix": _is(""),
 }
 
 _NEUTRAL_MESSAGE: Mapping[str, Neutral] = {
-    "tool_calls": _is([]),
     "annotations": _is([]),
+    "parsed": _any,  # the official client's own, in messages that it gives back
 }
+_INSTEAD = {"functions": "tools", "function_call": "tool_choice"}
 
 R = TypeVar("R", bound=Common)
 
@@ -178,15 +200,37 @@ def parse_chat(body: dict[str, Any]) -> ChatRequest:
     messages = supported.get("messages")
     if isinstance(messages, list):
         supported["messages"] = [_message(message, f"messages[{at}]") for at, message in enumerate(messages)]
+    _only_functions(supported)
     request = _validated(ChatRequest, supported)
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+    for at, message in enumerate(request.messages):
+        message.check(f"messages[{at}]")
+    names = [tool.function.name for tool in request.tools]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InvalidRequest(f"tools: two functions are called {twice!r}", param="tools")
+    choice = request.tool_choice
+    wanted = choice.function.name if isinstance(choice, NamedChoice) else None
+    if (wanted is not None or choice == "required") and not names:
+        raise InvalidRequest("tool_choice asks for a call, and tools are empty", param="tool_choice")
+    if wanted is not None and wanted not in names:
+        raise InvalidRequest(f"tool_choice names {wanted!r}; tools are: {', '.join(names)}", param="tool_choice")
     return _checked(request)
 
 
 def parse_completion(body: dict[str, Any]) -> CompletionRequest:
     """The request, checked; raises Unsupported or InvalidRequest with the parameter's name."""
-    return _checked(_validated(CompletionRequest, _supported(CompletionRequest, _NEUTRAL_COMPLETION, body, "")))
+    request = _checked(_validated(CompletionRequest, _supported(CompletionRequest, _NEUTRAL_COMPLETION, body, "")))
+    if request.best_of not in {None, request.n}:
+        raise Unsupported(
+            f"best_of is {request.best_of} and n {request.n}: choosing among more answers than are returned is not "
+            f"supported by this release; leave it out",
+            param="best_of",
+        )
+    if request.echo and request.logprobs is not None:
+        raise Unsupported("echo with logprobs is not supported by this release; ask for one of them", param="echo")
+    return request
 
 
 def _checked(request: R) -> R:
@@ -209,6 +253,16 @@ def _message(message: Any, path: str) -> Any:
     return _supported(Message, _NEUTRAL_MESSAGE, message, f"{path}.")
 
 
+def _only_functions(body: dict[str, Any]) -> None:
+    """Tools and choices of other kinds than function, refused by name."""
+    tools = body.get("tools")
+    named = [(f"tools[{at}].type", tool) for at, tool in enumerate(tools)] if isinstance(tools, list) else []
+    for param, value in [*named, ("tool_choice.type", body.get("tool_choice"))]:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if isinstance(kind, str) and kind != "function":
+            raise Unsupported(f"{param}: {kind[:64]!r} is not supported; send functions", param=param)
+
+
 def _supported(
     model: type[BaseModel], neutral: Mapping[str, Neutral], body: dict[str, Any], path: str
 ) -> dict[str, Any]:
@@ -221,9 +275,8 @@ def _supported(
         elif value is not None and not neutral.get(name, _never)(value):
             param = f"{path}{name[:64]}"
             only = " with this value" if name in neutral else ""
-            raise Unsupported(
-                f"the parameter {param} is not supported{only} by this release; leave it out", param=param
-            )
+            instead = f"use {_INSTEAD[name]}" if name in _INSTEAD else "leave it out"
+            raise Unsupported(f"the parameter {param} is not supported{only} by this release; {instead}", param=param)
     return kept
 
 

@@ -13,6 +13,7 @@ import msgspec
 
 from ganglion.gateway.deployments import ModelFacts
 from ganglion.gateway.tokenizing import CONFIG_FILE, SPECIALS_FILE, TEMPLATE_FILE, TOKENIZER_FILE, ModelTokenizer
+from ganglion.gateway.trials import try_tokenizer
 from ganglion.proto import identity_pb2, pieces_pb2, pieces_pb2_grpc
 from ganglion.wire import rpc
 from ganglion.wire.errors import Corrupt, GanglionError, NotFound, Unavailable
@@ -82,6 +83,7 @@ class Tokenizers:
             if not await asyncio.to_thread(_holds, folder / name, piece):
                 content = await self._fetch(name, piece, holders)
                 await asyncio.to_thread(write_secret, folder / name, content)
+        await try_tokenizer(folder)
         return await asyncio.to_thread(ModelTokenizer, folder)
 
     async def _fetch(self, name: str, piece: PieceRef, holders: Sequence[identity_pb2.Peer]) -> bytes:

@@ -12,8 +12,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from ganglion.gateway.choices import Numbered
 from ganglion.gateway.failures import describe, known
-from ganglion.gateway.generation import Part
 from ganglion.wire.errors import Exhausted
 from ganglion.wire.limits import EVENTS_QUEUED
 
@@ -58,12 +58,12 @@ class Pump:
     One more, and the generation is cancelled: the client gets what is queued, then the error.
     """
 
-    def __init__(self, parts: AsyncGenerator[Part, None]) -> None:
-        self._queue: asyncio.Queue[Part | BaseException | None] = asyncio.Queue()
+    def __init__(self, parts: AsyncGenerator[Numbered, None]) -> None:
+        self._queue: asyncio.Queue[Numbered | BaseException | None] = asyncio.Queue()
         self.overflowed = asyncio.Event()
         self._task = asyncio.create_task(self._run(parts))
 
-    async def next(self) -> Part | None:
+    async def next(self) -> Numbered | None:
         """The next part, None at the end; raises what the generation raised."""
         item = await self._queue.get()
         if isinstance(item, BaseException):
@@ -75,7 +75,7 @@ class Pump:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
-    async def _run(self, parts: AsyncGenerator[Part, None]) -> None:
+    async def _run(self, parts: AsyncGenerator[Numbered, None]) -> None:
         last: BaseException | None = None
         try:
             async with aclosing(parts):

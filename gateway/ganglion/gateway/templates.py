@@ -137,6 +137,9 @@ async def _ask(child: asyncio.subprocess.Process, line: bytes) -> bytes:
         return b""
 
 
-def chat_variables(messages: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """What a template sees of a conversation, as transformers passes it."""
-    return {**extra, "messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": True}
+def chat_variables(
+    messages: Sequence[Mapping[str, Any]], extra: Mapping[str, Any], tools: Sequence[Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """What a template sees of a conversation, as transformers passes it; `tools` None: none are given."""
+    given = None if tools is None else list(tools)
+    return {**extra, "messages": list(messages), "tools": given, "documents": None, "add_generation_prompt": True}

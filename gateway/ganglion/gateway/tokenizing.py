@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 
+from ganglion.gateway.calls import CallFormat, format_of
 from ganglion.gateway.detokenizing import BYTE_TOKEN, Detokenizer
 from ganglion.wire.errors import Corrupt, InvalidRequest, NotFound
 
@@ -25,10 +26,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A Jinja template and the special tokens that it may name."""
+    """A Jinja template and the special tokens that it may name; `with_tools`: another one for when tools are given."""
 
     source: str
     specials: Mapping[str, str]
+    with_tools: str | None = None
+
+    @property
+    def calls(self) -> CallFormat:
+        """How the model that this template is for calls tools."""
+        return format_of(self.with_tools or self.source)
+
+    def for_tools(self) -> ChatTemplate:
+        """The template to render when tools are given."""
+        return self if self.with_tools is None else ChatTemplate(self.with_tools, self.specials)
 
 
 class ModelTokenizer:
@@ -48,6 +59,7 @@ class ModelTokenizer:
         added = described.get("added_tokens") or ()
         self._added = {entry["id"]: entry["content"] for entry in added}
         self._special = frozenset(entry["id"] for entry in added if entry["special"])
+        self.added: Mapping[str, int] = {content: token for token, content in self._added.items()}
         self.template = _template(folder)
 
     def encode(self, text: str, *, with_specials: bool) -> list[int]:
@@ -64,6 +76,11 @@ class ModelTokenizer:
         """Text of `ids`, special tokens left out."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
+
+    def hidden(self, text: str) -> dict[int, str]:
+        """The token that is `text` by itself, if decoding leaves it out; else nothing."""
+        token = self.added.get(text)
+        return {} if token is None or token not in self._special else {token: text}
 
     def detokenizer(self, prompt: Sequence[int] = ()) -> Detokenizer:
         """A streaming decoder for text that goes on from `prompt`, or stands alone."""
@@ -140,14 +157,16 @@ def _template(folder: Path) -> ChatTemplate | None:
     own = folder / TEMPLATE_FILE
     source: Any = _guarded(TEMPLATE_FILE, lambda: own.read_text("utf-8")) if own.exists() else None
     source = source or config.get("chat_template")
+    with_tools: Any = None
     if isinstance(source, list):  # several named templates: tools have one of their own
         named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-        source = named.get("default")
+        source, with_tools = named.get("default"), named.get("tool_use")
     if not isinstance(source, str) or not source:
         return None
     specials = _document(folder, SPECIALS_FILE) | config
     texts = {name: _content(specials.get(name)) for name in SPECIAL_NAMES}
-    return ChatTemplate(source, {name: text for name, text in texts.items() if text is not None})
+    named_texts = {name: text for name, text in texts.items() if text is not None}
+    return ChatTemplate(source, named_texts, with_tools if isinstance(with_tools, str) and with_tools else None)
 
 
 def _content(token: Any) -> str | None:

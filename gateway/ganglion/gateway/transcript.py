@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ganglion.gateway.detokenizing import Detokenizer
@@ -45,14 +45,22 @@ class Delta:
 class Transcript:
     """Pure core of one answer: drawn tokens in, certain text out.
 
+    `shown`: special tokens, which decoding leaves out, whose text is wanted all the same.
     Invariant: a token is given out with the delta in which its text begins, and never when its text begins at or
     after the cut.
     """
 
-    def __init__(self, detokenizer: Detokenizer, stops: Sequence[str], stop_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        detokenizer: Detokenizer,
+        stops: Sequence[str],
+        stop_ids: Sequence[int],
+        shown: Mapping[int, str] | None = None,
+    ) -> None:
         self._detokenizer = detokenizer
         self._matcher = StopMatcher(stops)
         self._stop_ids = frozenset(stop_ids)
+        self._shown = shown or {}
         self._decoded = 0  # characters out of the detokenizer
         self._given = 0  # characters given out
         self._waiting: list[Placed] = []
@@ -70,6 +78,14 @@ class Transcript:
         self.tokens += 1
         if drawn.token in self._stop_ids:
             return Delta("", ())
+        text = self._shown.get(drawn.token)
+        if text is not None:  # what was unfinished before it stays so
+            before = self._release(self._detokenizer.finish())
+            if self.stopped:
+                return before
+            self._waiting.append(Placed(drawn, self._decoded))
+            after = self._release(text)
+            return Delta(before.text + after.text, before.tokens + after.tokens)
         self._waiting.append(Placed(drawn, self._decoded))
         return self._release(self._detokenizer.push(drawn.token))
 
