@@ -20,6 +20,7 @@ from typing import Any, Final
 from ganglion.agent import control
 from ganglion.agent.probe import probe_device
 from ganglion.agent.store import ManifestShelf, PieceStore
+from ganglion.agent.store.bandwidth import Throttle
 from ganglion.agent.store.fetch import PieceFetcher
 from ganglion.agent.store.service import ALLOWED, STREAMS, PieceService
 from ganglion.agent.supervisor_control import ControlStream, Outbox
@@ -85,6 +86,7 @@ async def run_agent(
     memory_budget_bytes: int = 0,
     store_budget_bytes: int = 0,
     piece_port: int = 0,
+    bandwidth_bytes_per_s: int = 0,
     ready: Callable[[AgentReady], None] | None = None,
     probe: Prober = probe_device,
     worker_module: str = WORKER_MODULE,
@@ -92,8 +94,9 @@ async def run_agent(
     """Be a device until cancelled; then workers end, the coordinator is told, and nothing is left behind.
 
     `bind`: for pieces, lanes and sessions. `threads`, `memory_budget_bytes`, `store_budget_bytes`, `piece_port`: 0
-    leaves the choice to the agent. Raises Conflict (home or port in use), NotFound (not enrolled), PermissionDenied
-    and Unauthenticated (shut out by the coordinator). A coordinator that is not there is waited for.
+    leaves the choice to the agent. `bandwidth_bytes_per_s`: of pieces, each way; 0: no limit. Raises Conflict (home
+    or port in use), NotFound (not enrolled), PermissionDenied and Unauthenticated (shut out by the coordinator). A
+    coordinator that is not there is waited for.
     """
     identity = Identity.load(home.identity)
     with home.lock():
@@ -103,6 +106,7 @@ async def run_agent(
         )
         profile = await measured(fresh=False)
         store = PieceStore(home.store, store_budget_bytes)
+        await asyncio.to_thread(store.sweep)
         server = rpc.server(
             identity,
             bind=bind,
@@ -113,7 +117,7 @@ async def run_agent(
             kind="tensor",
             streams=STREAMS,
         )
-        PieceService(store, profile.kernel_family).add_to(server.server)
+        PieceService(store, profile.kernel_family, Throttle(bandwidth_bytes_per_s)).add_to(server.server)
         await server.start()
         supervisor = Supervisor(
             home=home,
@@ -122,6 +126,7 @@ async def run_agent(
             profile=profile,
             bind=bind,
             piece_port=server.port,
+            throttle=Throttle(bandwidth_bytes_per_s),
             ready=ready,
             reprobe=lambda: measured(fresh=True),
             worker_module=worker_module,
@@ -155,11 +160,13 @@ class Supervisor:
         profile: DeviceProfile,
         bind: str,
         piece_port: int,
+        throttle: Throttle,
         ready: Callable[[AgentReady], None] | None,
         reprobe: Callable[[], Awaitable[DeviceProfile]],
         worker_module: str,
     ) -> None:
         self._home, self._identity, self._store, self._bind = home, identity, store, bind
+        self._throttle = throttle
         self._ready = ready
         self._worker_module = worker_module
         self._piece_address = join_address(bind, piece_port)  # a wildcard host means: where I am seen
@@ -176,9 +183,8 @@ class Supervisor:
         self._outbox = Outbox()
         self.profile = profile
         self._reprobe = reprobe
-        self._held = HeldModels(
-            store, ManifestShelf(home.store), lambda digests: self._outbox.put(held_message(digests))
-        )
+        self._shelf = ManifestShelf(home.store)
+        self._held = HeldModels(store, self._shelf, lambda held: self._outbox.put(held_message(held)))
         self._stream = ControlStream(
             identity,
             self._outbox,
@@ -223,8 +229,8 @@ class Supervisor:
     def _stream_up(self) -> None:
         log.info("connected to the coordinator at %s", self._identity.coordinator)
         self._outbox.put(advert_message(self.profile, self._piece_address))
-        if self._held.digests is not None:
-            self._outbox.put(held_message(self._held.digests))
+        if self._held.held is not None:
+            self._outbox.put(held_message(self._held.held))
         self._handle(StreamUp())
         if self._ready is not None:
             self._ready(AgentReady(self._identity, self.profile, self._piece_address))
@@ -348,13 +354,15 @@ class Supervisor:
 
     async def _fetch(self, key: Key) -> None:
         assignment = self._assignments[key]
-        fetcher = PieceFetcher(self._store, self._identity, assignment.holders)
+        fetcher = PieceFetcher(self._store, self._identity, assignment.holders, throttle=self._throttle)
 
         def progress(done_bytes: int, total_bytes: int) -> None:
             if self._due(key):
                 self._handle(Fetching(key, done_bytes, total_bytes))
 
         try:
+            # On the shelf from now on: what comes is kept for this model, and others may be sent here for it.
+            await asyncio.to_thread(self._shelf.put, assignment.manifest)
             await fetcher.fetch(assignment.pieces, progress)
         except GanglionError as error:
             self._handle(GaveUp(key, error))

@@ -1,10 +1,11 @@
-"""Which models lie here whole: looked up when the shelf of manifests or the store changed, off the event loop."""
+"""Which models lie here, whole or in part: looked up when the shelf of manifests changed, off the event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from ganglion.agent.store import ManifestShelf, PieceStore, all_pieces
@@ -15,13 +16,21 @@ log = logging.getLogger(__name__)
 LOOK_S: Final = 2.0
 
 
-class HeldModels:
-    """Calls `say(digests)` when they changed; `digests` is None until they were first looked up."""
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Digests of manifests: those with every piece here, and those with some."""
 
-    def __init__(self, store: PieceStore, shelf: ManifestShelf, say: Callable[[tuple[str, ...]], None]) -> None:
+    whole: tuple[str, ...]
+    partial: tuple[str, ...]
+
+
+class HeldModels:
+    """Calls `say(held)` when it changed; `held` is None until it was first looked up."""
+
+    def __init__(self, store: PieceStore, shelf: ManifestShelf, say: Callable[[Held], None]) -> None:
         self._store, self._shelf, self._say = store, shelf, say
         self._looking = asyncio.Lock()
-        self.digests: tuple[str, ...] | None = None
+        self.held: Held | None = None
 
     async def watch(self) -> None:
         """Look whenever a manifest came or went (another process may cut a model into this store), for ever."""
@@ -37,18 +46,21 @@ class HeldModels:
         """Look now."""
         async with self._looking:
             held = await asyncio.to_thread(self._find)
-            if held != self.digests:
-                self.digests = held
+            if held != self.held:
+                self.held = held
                 self._say(held)
 
-    def _find(self) -> tuple[str, ...]:
-        found = []
+    def _find(self) -> Held:
+        whole, partial = [], []
         for name in self._shelf.digests():
             try:
                 pieces = all_pieces(self._shelf.get(name))
             except GanglionError as error:
                 log.warning("a manifest is left aside: %s", error.message)
                 continue
-            if all(self._store.has(piece.digest, piece.size) for piece in pieces):
-                found.append(name)
-        return tuple(found)
+            here = sum(self._store.has(piece.digest, piece.size) for piece in pieces)
+            if here == len(pieces):
+                whole.append(name)
+            elif here:
+                partial.append(name)
+        return Held(tuple(whole), tuple(partial))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from ganglion.agent.supervisor_core import Key, Phase, Report
+from ganglion.agent.supervisor_held import Held
 from ganglion.agent.supervisor_worker import read_beat
 from ganglion.proto import fleet_pb2
 from ganglion.wire.address import join_address
@@ -60,6 +61,8 @@ def advert_message(profile: DeviceProfile, piece_address: str) -> fleet_pb2.Agen
     return fleet_pb2.AgentMessage(advert=fleet_pb2.Advert(profile=to_json(profile), addresses=[piece_address]))
 
 
-def held_message(digests: Iterable[str]) -> fleet_pb2.AgentMessage:
-    """The manifests whose pieces lie here whole."""
-    return fleet_pb2.AgentMessage(held=fleet_pb2.HeldModels(manifest_digests=digests))
+def held_message(held: Held) -> fleet_pb2.AgentMessage:
+    """Which models lie here."""
+    return fleet_pb2.AgentMessage(
+        held=fleet_pb2.HeldModels(manifest_digests=held.whole, partial_manifest_digests=held.partial)
+    )

@@ -23,6 +23,24 @@ tables on a terminal and the same columns without decoration elsewhere; with `--
 stable: keys may be added, none is renamed or removed within a major version. `ganglion --debug COMMAND` shows the
 traceback of an error.
 
+## What a model is called
+
+| written | means |
+|---|---|
+| `demo` | an embedded model |
+| `org/name`, `org/name@revision` | a repository of the Hugging Face hub, at a branch, tag or commit (default: `main`) |
+| `org/name:Q4_K_M` | a GGUF file of it: the quantization, or its own name (default: `Q4_K_M`, or the only one) |
+| `hf.co/org/name…` | the same, also where a folder `org/name` exists here |
+| `./folder`, `/folder`, `file.gguf` | a checkpoint of this machine |
+| any other name | a model that is cut or deployed |
+
+`run`, `chat` and `plan` use what lies in the Hugging Face cache and ask the hub only when it is not there whole;
+`pull` asks for the newest commit. Only configuration, tokenizer, license and safetensors (or one GGUF file) are
+fetched, from the endpoint and over TLS from hosts of huggingface.co and hf.co, and each file's digest is checked.
+
+The API calls a repository by its name in lower case, without `-gguf` and with the variant after a colon:
+`org/Tiny-GGUF:Q4_0` is `tiny:q4_0`; a folder by its name, a file without its ending. `--name` says otherwise.
+
 ## Settings
 
 A flag comes before the environment, the environment before `config.toml` in the home, the file before the default.
@@ -52,6 +70,7 @@ SETTING_NOTES: Final = {
     "threads": "every physical core",
     "memory": "decided by the agent; sizes such as `4GiB`",
     "store": "no limit",
+    "bandwidth": "no limit; at least `64KiB/s`",
     "piece_port": "any free one",
 }
 
@@ -78,6 +97,8 @@ def _settings() -> Iterator[str]:
     yield "| | `GANGLION_API_KEY` | | the key that `run` and `chat` send, if any |\n"
     yield "| `--token` of `serve` | `GANGLION_TOKEN` | | |\n"
     yield "| `--debug` | `GANGLION_DEBUG` | | |\n"
+    hub = "`HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`"
+    yield f"| | {hub} | | as huggingface_hub has them |\n"
 
 
 def _codes() -> Iterator[str]:

@@ -13,6 +13,7 @@ import typer
 from ganglion.cli import output
 from ganglion.cli.fleet import root_of
 from ganglion.cli.options import (
+    BandwidthOption,
     BindOption,
     EnrolmentPortOption,
     FleetPortOption,
@@ -109,6 +110,7 @@ async def serve_agent(
     threads: ThreadsOption = None,
     memory: MemoryOption = None,
     store: StoreOption = None,
+    bandwidth: BandwidthOption = None,
     piece_port: PiecePortOption = None,
     ready_file: ReadyFileOption = None,
     with_parent: WithParentOption = False,
@@ -122,7 +124,14 @@ async def serve_agent(
 
     root = root_of(home)
     chosen = settings.load(
-        root, os.environ, bind=bind, threads=threads, memory=memory, store=store, piece_port=piece_port
+        root,
+        os.environ,
+        bind=bind,
+        threads=threads,
+        memory=memory,
+        store=store,
+        bandwidth=bandwidth,
+        piece_port=piece_port,
     )
     decoded = JoinToken.decode(token) if token else None
     _begin(with_parent)
@@ -168,6 +177,7 @@ async def join(
     threads: ThreadsOption = None,
     memory: MemoryOption = None,
     store: StoreOption = None,
+    bandwidth: BandwidthOption = None,
     piece_port: PiecePortOption = None,
     ready_file: ReadyFileOption = None,
     with_parent: WithParentOption = False,
@@ -181,7 +191,14 @@ async def join(
 
     root = root_of(home)
     chosen = settings.load(
-        root, os.environ, bind=bind, threads=threads, memory=memory, store=store, piece_port=piece_port
+        root,
+        os.environ,
+        bind=bind,
+        threads=threads,
+        memory=memory,
+        store=store,
+        bandwidth=bandwidth,
+        piece_port=piece_port,
     )
     decoded = JoinToken.decode(token) if token else None
     _begin(with_parent, quiet=sys.stderr.isatty())

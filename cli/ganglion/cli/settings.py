@@ -32,6 +32,11 @@ def parse_bytes(text: object) -> object:
     return int(float(number) * (1000 if decimal else 1024) ** " kmgt".index(prefix.lower() or " "))
 
 
+def parse_rate(text: object) -> object:
+    """`20MB/s` (or `20MB`) as bytes per second."""
+    return parse_bytes(re.sub(r"\s*/\s*s\s*$", "", text)) if isinstance(text, str) else text
+
+
 def _address(text: str) -> str:
     try:
         return str(ipaddress.ip_address(text))
@@ -43,6 +48,7 @@ def _address(text: str) -> str:
 
 Address = Annotated[str, BeforeValidator(_address)]
 Size = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1 << 20)]
+Rate = Annotated[int, BeforeValidator(parse_rate), Field(ge=64 << 10)]
 Port = Annotated[int, Field(ge=0, le=65535)]  # 0: any free port
 
 
@@ -59,6 +65,7 @@ class Settings(BaseModel):
     threads: Annotated[int, Field(ge=1, le=4096)] | None = None
     memory: Size | None = None
     store: Size | None = None
+    bandwidth: Rate | None = None
     piece_port: Port = 0
 
 

@@ -111,7 +111,7 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
             case "links":
                 self._roster.put_links(member.node_id, read_links(member.node_id, message.links))
             case "held":
-                self._roster.put_held(member, read_held(message.held))
+                self._roster.put_held(member, *read_held(message.held))
             case other:
                 raise ProtocolViolation(f"{other or 'an unknown message'} is not expected here")
 
@@ -149,11 +149,12 @@ def read_links(source: str, report: fleet_pb2.LinkReport) -> list[LinkRow]:
     return rows
 
 
-def read_held(held: fleet_pb2.HeldModels) -> frozenset[str]:
-    """Digests of manifests; raises ProtocolViolation, InvalidDocument."""
-    if len(held.manifest_digests) > HELD_MODELS:
-        raise ProtocolViolation(f"{len(held.manifest_digests)} models held, at most {HELD_MODELS}")
-    for digest in held.manifest_digests:
+def read_held(held: fleet_pb2.HeldModels) -> tuple[frozenset[str], frozenset[str]]:
+    """Digests of manifests held whole, and of those held in part; raises ProtocolViolation, InvalidDocument."""
+    digests = [*held.manifest_digests, *held.partial_manifest_digests]
+    if len(digests) > HELD_MODELS:
+        raise ProtocolViolation(f"{len(digests)} models held, at most {HELD_MODELS}")
+    for digest in digests:
         if len(digest) != _DIGEST_CHARACTERS or not set(digest) <= set("0123456789abcdef"):
             raise InvalidDocument(f"manifest digest {digest[:80]!r} is not 64 hexadecimal digits")
-    return frozenset(held.manifest_digests)
+    return frozenset(held.manifest_digests), frozenset(held.partial_manifest_digests)

@@ -36,7 +36,8 @@ class Member:
     )
     profile: DeviceProfile | None = None
     addresses: tuple[str, ...] = ()
-    held: frozenset[str] = frozenset()
+    held: frozenset[str] = frozenset()  # manifests of which every piece lies there
+    held_partly: frozenset[str] = frozenset()
     closed: bool = False
 
 
@@ -137,8 +138,9 @@ class Roster:
         elif changed:
             self.on_changed()
 
-    def put_held(self, member: Member, held: frozenset[str]) -> None:
-        """The device holds these models whole."""
+    def put_held(self, member: Member, held: frozenset[str], held_partly: frozenset[str]) -> None:
+        """The device holds these models whole, and those in part."""
+        member.held_partly = held_partly
         if held != member.held:
             member.held = held
             self.changes.mark()

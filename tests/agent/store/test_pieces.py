@@ -253,7 +253,7 @@ def test_needed_pieces_are_those_of_the_share_and_its_graphs():
     lead = {piece.digest for piece in needed_pieces(manifest, plan, "a" * 26)}
     layers = [f"{kind}{n}-{part}" for n in (0, 1) for kind, parts in (("a", "01"), ("m", "012")) for part in parts]
     norms = [f"{kind}{n}-norm" for n in (0, 1) for kind in "am"]
-    assert lead == names("e0", "e1", "cos", "sin", "ga2", "gm3", *layers, *norms)
+    assert lead == names("e0", "e1", "tok", "cos", "sin", "ga2", "gm3", *layers, *norms)
     other = {piece.digest for piece in needed_pieces(manifest, plan, "b" * 26)}
     kept = ("ga0", "a0-norm", "a1-norm")  # without heads it still keeps the residual
     columns = ("gm1", "m0-norm", "m0-3", "m1-norm", "m1-3")

@@ -37,9 +37,10 @@ def main() -> None:
         if isinstance(command, control.Connect):
             names = " ".join(peer.name for peer in command.peers)
             (Path(load.home) / "connected").write_text(names)
-            say(control.Connected())
         if isinstance(command, control.Gateways | control.Connect):
             (Path(load.home) / "gateways").write_text(" ".join(gateway.name for gateway in command.gateways))
+        if isinstance(command, control.Connect):
+            say(control.Connected())
     while behavior == "deaf":
         signal.pause()
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import grpc
 
+from ganglion.agent.store.bandwidth import Throttle
 from ganglion.agent.store.pieces import PartialPiece, PieceStore
+from ganglion.agent.store.spread import HolderCount, Spread, Take
 from ganglion.proto import pieces_pb2, pieces_pb2_grpc
 from ganglion.wire.certificates import Role
-from ganglion.wire.errors import Corrupt, GanglionError, NotFound, Unavailable
+from ganglion.wire.errors import Conflict, Corrupt, GanglionError, NotFound, Unavailable
 from ganglion.wire.identity import Identity
 from ganglion.wire.limits import FIRST_FRAME_S
 from ganglion.wire.nouns import PieceRef
@@ -22,9 +23,8 @@ from ganglion.wire.rpc import channel, to_error
 
 log = logging.getLogger(__name__)
 
-PARALLEL: Final = 4
-ROUNDS: Final = 3  # times that every holder is asked for a piece
-PAUSE_S: Final = 0.3  # between rounds, doubled each time, with jitter
+PARALLEL: Final = 4  # transfers at once, shared by the holders; each holder has one at least
+BUSY_S: Final = 0.5  # before looking again at a piece that another fetch of this device brings
 
 Progress = Callable[[int, int], None]
 """(bytes held, bytes in all) of what was asked for."""
@@ -40,7 +40,7 @@ class Holder:
 
 
 class PieceFetcher:
-    """Brings pieces from holders into a store. Close it."""
+    """Brings pieces from holders into a store; which holder brings what is `Spread`'s. Close it."""
 
     def __init__(
         self,
@@ -50,13 +50,26 @@ class PieceFetcher:
         *,
         parallel: int = PARALLEL,
         silence_s: float = FIRST_FRAME_S,
+        throttle: Throttle | None = None,
     ) -> None:
         self._store = store
         self._identity = identity
-        self._holders = [holder for holder in holders if holder.address and holder.node_id != identity.node_id]
+        named = {holder.node_id: holder for holder in holders if holder.address}
+        named.pop(identity.node_id, None)
+        shown = [holder.name for holder in named.values()]
+        # Counts and messages go by name; two devices of one name are told apart by their ids.
+        self._holders = {
+            holder.name if shown.count(holder.name) == 1 else f"{holder.name} ({holder.node_id})": holder
+            for holder in named.values()
+        }
         self._parallel = parallel
         self._silence_s = silence_s
+        self._throttle = throttle or Throttle()
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._transfers: dict[str, asyncio.Task[None]] = {}
+        self._changed = asyncio.Event()
+        self.counts: dict[str, HolderCount] = {}
+        """What each holder gave in the last fetch, by its name."""
 
     async def close(self) -> None:
         """End transfers; what was received stays for the next attempt."""
@@ -65,72 +78,146 @@ class PieceFetcher:
         self._channels.clear()
 
     async def fetch(self, pieces: Sequence[PieceRef], progress: Progress = lambda done, total: None) -> None:
-        """Hold every one of `pieces` (each once), asking each holder in turn.
+        """Hold every one of `pieces`, in any order.
 
         Raises Exhausted (budget, disk), or what the holders of a piece that nobody gave said: Unavailable, NotFound,
-        Corrupt.
+        Corrupt, PermissionDenied.
         """
         missing = await asyncio.to_thread(self._missing, pieces)
         meter = _Meter(pieces, missing, progress)
         if not missing:
             return
-        await asyncio.to_thread(self._store.reserve, sum(piece.size for piece in missing))
+        await asyncio.to_thread(self._reserve, missing)
         if not self._holders:
             raise Unavailable(f"{len(missing)} pieces are missing and no other device that holds them was named")
-        queue = iter(missing)
-        tasks = [asyncio.ensure_future(self._drain(queue, number, meter)) for number in range(self._parallel)]
+        spread = Spread(missing, self._holders)
+        self.counts = spread.counts()
+        each = -(-self._parallel // len(self._holders))
+        lanes = [asyncio.create_task(self._lane(name, spread, meter)) for name in self._holders for _ in range(each)]
         try:
-            await asyncio.gather(*tasks)
+            await asyncio.gather(*lanes)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            for lane in lanes:
+                lane.cancel()
+            await asyncio.gather(*lanes, return_exceptions=True)
+            self._log()
 
     def _missing(self, pieces: Sequence[PieceRef]) -> list[PieceRef]:
-        return [piece for piece in pieces if not self._store.has(piece.digest, piece.size)]
+        unique = {piece.digest: piece for piece in pieces}
+        return [piece for piece in unique.values() if not self._store.has(piece.digest, piece.size)]
 
-    async def _drain(self, queue: Iterator[PieceRef], number: int, meter: _Meter) -> None:
-        for piece in queue:
-            turn = number % len(self._holders)
-            await self._one(piece, self._holders[turn:] + self._holders[:turn], meter)
+    def _reserve(self, missing: Sequence[PieceRef]) -> None:
+        self._store.reserve(sum(max(0, piece.size - self._store.received_bytes(piece.digest)) for piece in missing))
 
-    async def _one(self, piece: PieceRef, order: Sequence[Holder], meter: _Meter) -> None:
-        refused: dict[str, GanglionError] = {}
-        part = await asyncio.to_thread(self._store.partial, piece)
+    def _log(self) -> None:
+        for name, count in self.counts.items():
+            log.info(
+                "%s gave %d pieces, %d bytes at %.1f MB/s; lacked %d, failed %d, wrong %d, overtaken %d%s",
+                name,
+                count.pieces,
+                count.received_bytes,
+                count.bytes_per_s / 1e6,
+                count.lacked,
+                count.failed,
+                count.lied,
+                count.overtaken,
+                f"; asked no more: {count.aside}" if count.aside else "",
+            )
+
+    async def _lane(self, name: str, spread: Spread, meter: _Meter) -> None:
+        """Bring what `spread` gives to this holder, one piece after the other, until there is nothing more."""
+        loop = asyncio.get_running_loop()
+        while (move := spread.next_move(name, loop.time())) is not None:
+            if not isinstance(move, Take):
+                await self._news(move.until_s - loop.time())
+                continue
+            before = self._transfers.get(move.ref.digest)
+            if move.overtakes and before is not None:
+                before.cancel()
+                await asyncio.wait((before,))
+            transfer = asyncio.create_task(self._transfer(name, move.ref, spread, meter))
+            self._transfers[move.ref.digest] = transfer
+            try:
+                await asyncio.wait((transfer,))
+            finally:
+                if not transfer.done():
+                    transfer.cancel()
+                    await asyncio.wait((transfer,))
+                if self._transfers.get(move.ref.digest) is transfer:
+                    del self._transfers[move.ref.digest]
+                self._changed.set()
+            if not transfer.cancelled():  # cancelled: another holder took over
+                transfer.result()
+            if spread.lost is not None:
+                raise spread.refusal(spread.lost)
+
+    async def _news(self, wait_s: float) -> None:
+        """Wait until a transfer ended anywhere, at most `wait_s`."""
+        self._changed.clear()
         try:
-            for round_number in range(ROUNDS):
-                for holder in order:
-                    try:
-                        await self._from(holder, part, meter)
-                        return
-                    except _RefusedError as error:
-                        log.info("piece %s from %s: %s", piece.digest[:12], holder.name, error.reason.message)
-                        refused[holder.name] = error.reason
-                if all(isinstance(reason, NotFound | Corrupt) for reason in refused.values()):
-                    break  # asking again gives the same
-                await asyncio.sleep(PAUSE_S * 2**round_number * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
-        finally:
-            part.close()
-        told = "; ".join(f"{name}: {reason.message}" for name, reason in refused.items())
-        kinds = [type(reason) for reason in refused.values()]
-        kind = next((kind for kind in (Unavailable, Corrupt) if any(issubclass(k, kind) for k in kinds)), kinds[-1])
-        raise kind(f"piece {piece.digest[:12]} ({piece.size} bytes) came from no holder: {told}")
+            async with asyncio.timeout(wait_s):
+                await self._changed.wait()
+        except TimeoutError:
+            return
 
-    async def _from(self, holder: Holder, part: PartialPiece, meter: _Meter) -> None:
-        """Receive the rest of the piece; when bytes of an earlier transfer spoil it, once more from the beginning."""
+    async def _transfer(self, name: str, ref: PieceRef, spread: Spread, meter: _Meter) -> None:
+        """Bring one piece from one holder and tell `spread` how it went; raises what fails on this side (the disk)."""
+        clock = asyncio.get_running_loop().time
+        try:
+            part = await self._open(ref)
+        except Conflict:
+            spread.postponed(name, ref, clock() + BUSY_S)
+            return
+        try:
+            if part is not None:
+                await self._bring(name, part, spread, meter)
+        except _RefusedError as refused:
+            reason = refused.reason
+            log.info("piece %s from %s: %s", ref.digest[:12], name, reason.message)
+            if isinstance(reason, NotFound):
+                spread.lacked(name, ref, clock())
+            elif isinstance(reason, Corrupt):
+                spread.lied(name, ref, reason)
+            else:
+                spread.failed(name, ref, reason, clock())
+        else:
+            spread.brought(name, ref)
+            meter.at(ref, ref.size)
+        finally:
+            if part is not None:
+                part.close()
+
+    async def _open(self, ref: PieceRef) -> PartialPiece | None:
+        """The piece as far as it is here, None when it is here whole; raises Conflict while another fetch brings it."""
+
+        def opened() -> PartialPiece | None:
+            return None if self._store.has(ref.digest, ref.size) else self._store.partial(ref)
+
+        opening = asyncio.create_task(asyncio.to_thread(opened))
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(_close_opened)
+            raise
+
+    async def _bring(self, name: str, part: PartialPiece, spread: Spread, meter: _Meter) -> None:
+        """Receive the rest of the piece; when bytes of others spoil it, once more from the beginning, from this one."""
         resumed = part.received_bytes > 0
         try:
-            await self._receive(holder, part, meter)
+            await self._receive(name, part, spread, meter)
         except Corrupt as error:
             if not resumed:
                 raise _RefusedError(error) from error
             try:
-                await self._receive(holder, part, meter)
+                await self._receive(name, part, spread, meter)
             except Corrupt as again:
                 raise _RefusedError(again) from again
 
-    async def _receive(self, holder: Holder, part: PartialPiece, meter: _Meter) -> None:
+    async def _receive(self, name: str, part: PartialPiece, spread: Spread, meter: _Meter) -> None:
+        clock = asyncio.get_running_loop().time
+        spread.began(name, part.ref, part.received_bytes)
         if part.received_bytes < part.ref.size:
+            holder = self._holders[name]
             stub = pieces_pb2_grpc.PiecesStub(self._channel(holder))  # type: ignore[no-untyped-call]
             call = stub.Fetch(pieces_pb2.FetchRequest(digest=part.ref.digest, offset=part.received_bytes))
             try:
@@ -139,7 +226,9 @@ class PieceFetcher:
                         chunk = await call.read()
                     if chunk is grpc.aio.EOF:
                         break
+                    await self._throttle.admit(len(chunk.data))
                     await asyncio.to_thread(part.write, chunk.data)
+                    spread.moved(name, part.ref, part.received_bytes, clock())
                     meter.at(part.ref, part.received_bytes)
             except TimeoutError:
                 raise _RefusedError(Unavailable(f"{holder.address} sent nothing for {self._silence_s:.0f} s")) from None
@@ -148,7 +237,6 @@ class PieceFetcher:
             finally:
                 call.cancel()
         await asyncio.to_thread(part.finish)
-        meter.at(part.ref, part.ref.size)
 
     def _channel(self, holder: Holder) -> grpc.aio.Channel:
         made = self._channels.get(holder.node_id)
@@ -156,6 +244,11 @@ class PieceFetcher:
             peer = (holder.node_id, Role.AGENT)
             made = self._channels[holder.node_id] = channel(holder.address, self._identity, peer=peer, kind="tensor")
         return made
+
+
+def _close_opened(opening: asyncio.Task[PartialPiece | None]) -> None:
+    if not opening.cancelled() and opening.exception() is None and (part := opening.result()) is not None:
+        part.close()
 
 
 class _RefusedError(Exception):

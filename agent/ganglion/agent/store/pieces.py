@@ -20,7 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from ganglion.wire.errors import Corrupt, Exhausted, InvalidRequest, NotFound
+import psutil
+
+from ganglion.wire.errors import Conflict, Corrupt, Exhausted, InvalidRequest, NotFound
 from ganglion.wire.nouns import PieceRef
 
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
@@ -40,6 +42,7 @@ class PieceStore:
         self._pieces.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = threading.Lock()
         self._counted: int | None = None
+        self._coming: set[str] = set()  # what a PartialPiece of this process is open for
 
     def put(self, buffer: Buffer) -> PieceRef:
         """Keep `buffer` and name it; the same bytes again cost a hash. Raises Exhausted (budget, disk)."""
@@ -119,6 +122,13 @@ class PieceStore:
             if folder.is_dir():
                 yield from (entry.name for entry in os.scandir(folder) if _DIGEST.fullmatch(entry.name))
 
+    def sweep(self) -> None:
+        """Remove what processes that were killed had half written."""
+        for scratch in self._pieces.glob("*/.put-*"):
+            with contextlib.suppress(ValueError, FileNotFoundError):
+                if not psutil.pid_exists(int(scratch.name.split("-")[1])):
+                    scratch.unlink()
+
     def used_bytes(self) -> int:
         """Bytes of all pieces and of what was fetched in part, as the disk shows them now."""
         used = 0
@@ -130,8 +140,21 @@ class PieceStore:
                     used += entry.stat().st_size
         return used
 
+    def received_bytes(self, digest: str) -> int:
+        """How much of a piece that is not here whole came in earlier transfers."""
+        try:
+            return _partial_path(self._place(digest)).stat().st_size
+        except FileNotFoundError:
+            return 0
+
     def reserve(self, size_bytes: int) -> None:
-        """Check that `size_bytes` more fit the budget; raises Exhausted naming the figure and the knob."""
+        """Check that `size_bytes` more fit disk and budget; raises Exhausted naming the figure and the knob."""
+        free = shutil.disk_usage(self.path).free
+        if size_bytes > free:
+            raise Exhausted(
+                f"{size_bytes} bytes more are needed in {self.path}, its disk has {free} free: free some space, or put"
+                " the home on another disk with --home"
+            )
         if not self.budget_bytes:
             return
         with self._lock:
@@ -144,11 +167,26 @@ class PieceStore:
                 )
 
     def partial(self, ref: PieceRef) -> PartialPiece:
-        """The piece on its way here, continued where an earlier transfer stopped. Close it, or use `with`."""
+        """The piece on its way here, continued where an earlier transfer stopped. Close it, or use `with`.
+
+        Raises Conflict while another transfer of this process brings the same piece.
+        """
         place = self._place(ref.digest)
-        with self._disk_errors(ref.size):
-            place.parent.mkdir(mode=0o700, exist_ok=True)
-            return PartialPiece(self, ref, place)
+        with self._lock:
+            if ref.digest in self._coming:
+                raise Conflict(f"piece {ref.digest[:12]} is being fetched already")
+            self._coming.add(ref.digest)
+        try:
+            with self._disk_errors(ref.size):
+                place.parent.mkdir(mode=0o700, exist_ok=True)
+                return PartialPiece(self, ref, place)
+        except BaseException:
+            self._left(ref.digest)
+            raise
+
+    def _left(self, digest: str) -> None:
+        with self._lock:
+            self._coming.discard(digest)
 
     def _place(self, digest: str) -> Path:
         if not _DIGEST.fullmatch(digest):
@@ -205,6 +243,7 @@ class PartialPiece:
             raise Corrupt(f"piece {self.ref.digest[:12]}: more than the {self.ref.size} bytes that the manifest names")
         rest = memoryview(data)
         with self._busy, self._store._disk_errors(self.ref.size):
+            self._check_open()
             try:
                 while rest:
                     rest = rest[self._file.write(rest) :]
@@ -224,6 +263,7 @@ class PartialPiece:
     def finish(self) -> None:
         """Make the piece visible. Raises Corrupt, and forgets what was received, when it is not what it should be."""
         with self._busy:
+            self._check_open()
             found = self._hash.hexdigest()
             if self.received_bytes != self.ref.size or found != self.ref.digest:
                 came = f"{self.received_bytes} bytes of digest {found[:12]}"
@@ -231,6 +271,7 @@ class PartialPiece:
                 raise Corrupt(f"piece {self.ref.digest[:12]}: {came} came, expected {self.ref.size} bytes")
             self._file.close()
             _partial_path(self._place).replace(self._place)
+            self._store._left(self.ref.digest)
             self._store._count(self.ref.size)
 
     def close(self) -> None:
@@ -240,6 +281,12 @@ class PartialPiece:
                 self._file.close()
                 if self.received_bytes == 0:
                     _partial_path(self._place).unlink(missing_ok=True)
+                self._store._left(self.ref.digest)
+
+    def _check_open(self) -> None:
+        # A thread may be late: by now another transfer may own the file.
+        if self._file.closed:
+            raise ValueError(f"piece {self.ref.digest[:12]}: its transfer was closed")
 
 
 def _partial_path(place: Path) -> Path:

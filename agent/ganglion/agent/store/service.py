@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import grpc
 
+from ganglion.agent.store.bandwidth import Throttle
 from ganglion.agent.store.pieces import PieceStore
 from ganglion.proto import identity_pb2, pieces_pb2, pieces_pb2_grpc
 from ganglion.wire.certificates import Role
@@ -28,11 +29,12 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class PieceService(pieces_pb2_grpc.PiecesServicer):
-    """Serves the pieces of one store; roles are checked by the server's interceptor (`ALLOWED`)."""
+    """Serves the pieces of one store, all together within `throttle`; the server's interceptor checks roles."""
 
-    def __init__(self, store: PieceStore, kernel_family: str = "") -> None:
+    def __init__(self, store: PieceStore, kernel_family: str = "", throttle: Throttle | None = None) -> None:
         self._store = store
         self._kernel_family = kernel_family
+        self._throttle = throttle or Throttle()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register with `server`."""
@@ -53,9 +55,10 @@ class PieceService(pieces_pb2_grpc.PiecesServicer):
                 raise InvalidRequest(f"offset {request.offset} of piece {request.digest[:12]}, which has {size} bytes")
             at = request.offset
             while at < size:
-                data = await asyncio.to_thread(os.pread, file.fileno(), PIECE_CHUNK_BYTES, at)
+                data = await asyncio.to_thread(os.pread, file.fileno(), self._throttle.chunk_bytes, at)
                 if not data:
                     return
+                await self._throttle.admit(len(data))
                 yield pieces_pb2.Chunk(data=data)
                 at += len(data)
 

@@ -89,6 +89,19 @@ class Deployment:
             held = [self.holder, *(node_id for node_id in held if node_id != self.holder)]
         return held
 
+    def sources(self, roster: Roster, node_id: str) -> list[str]:
+        """Node ids of the devices that `node_id` may ask for pieces, those with the whole model first.
+
+        A device that lacks pieces is also sent to those that hold some, and to the others of the plan, which fetch
+        theirs at the same time.
+        """
+        whole = self.holders(roster)
+        if node_id in whole:
+            return [holder for holder in whole if holder != node_id]
+        partly = [member.node_id for member in roster.ready_members() if self.manifest_digest in member.held_partly]
+        others = [device for device in self.machine.devices if roster.member(device) is not None]
+        return [source for source in dict.fromkeys((*whole, *partly, *others)) if source != node_id]
+
     def worker_peer(self, roster: Roster, node_id: str, viewer_host: str) -> identity_pb2.Peer:
         """A worker of the present epoch as a peer of somebody at `viewer_host`; raises NotFound before it listens."""
         worker = self.machine.workers.get(node_id)
@@ -104,7 +117,7 @@ class Deployment:
             epoch=epoch,
             plan=self.plan_json,
             manifest=self.manifest_json,
-            holders=[roster.peer(holder, host) for holder in self.holders(roster) if holder != node_id],
+            holders=[roster.peer(source, host) for source in self.sources(roster, node_id)],
             gateways=roster.gateways(),
         )
 
