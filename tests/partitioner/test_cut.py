@@ -14,7 +14,7 @@ import pytest
 from checkpoints import make_llama
 
 from ganglion.partitioner.cut import numeric_class, partition
-from ganglion.partitioner.families.base import largest_block
+from ganglion.partitioner.families.model import largest_block
 from ganglion.partitioner.sink import DirectorySink
 from ganglion.wire.errors import InvalidRequest, Unsupported
 from ganglion.wire.limits import MANIFEST_BYTES
