@@ -38,7 +38,7 @@ print(hashlib.sha256(hidden.tobytes() + logits.tobytes()).hexdigest())
 
 
 @pytest.mark.parametrize("shape", ["llama-kv2", "llama-kv3-llama31", "llama-kv4-biases", "qwen3-kv3-tied"])
-@pytest.mark.parametrize("weight_format", ["fp32", "int4"])
+@pytest.mark.parametrize("weight_format", ["fp32", "int4", "int8"])
 def test_any_split_and_any_chunking_is_bit_equal(shape, weight_format, models, text, tmp_path):
     cut = models.cut(shape, weight_format)
     ids = text(cut.manifest, 70)
@@ -54,7 +54,7 @@ def test_any_split_and_any_chunking_is_bit_equal(shape, weight_format, models, t
             assert np.array_equal(other_logits, logits), (weights, chunks)
 
 
-@pytest.mark.parametrize("weight_format", ["fp32", "int4"])
+@pytest.mark.parametrize("weight_format", ["fp32", "int4", "int8"])
 def test_two_threads_give_the_bits_of_one(weight_format, models, text, tmp_path):
     """In a process of its own: a process has one pool of threads."""
     cut = models.cut("llama-kv2", weight_format)
@@ -80,11 +80,11 @@ def test_two_threads_give_the_bits_of_one(weight_format, models, text, tmp_path)
 
 
 def test_exact_classes_end_where_attention_is_no_longer_exact(models, tmp_path):
-    path = make_llama(tmp_path / "wide", head_dim=144)
-    with pytest.raises(Unsupported, match="head dimension 144, exact classes go up to 128; use a fast class"):
+    path = make_llama(tmp_path / "wide", head_dim=272)
+    with pytest.raises(Unsupported, match="head dimension 272, exact classes go up to 256; use a fast class"):
         partition(path, DirectorySink(tmp_path / "p"), name="m", numeric_class=numeric_class(path, "fp32"))
     fast = numeric_class(path, "fp32", fast=True)
-    assert partition(path, DirectorySink(tmp_path / "p"), name="m", numeric_class=fast).geometry.head_dim == 144
+    assert partition(path, DirectorySink(tmp_path / "p"), name="m", numeric_class=fast).geometry.head_dim == 272
 
 
 def test_axes_split_differently_and_a_share_without_heads(models, text, tmp_path):

@@ -9,9 +9,17 @@ import pytest
 import torch
 from reference_runner import Runner, cut_evenly
 
-from ganglion.partitioner.quantize import dequantize_int4, quantize_int4
+from ganglion.partitioner.quantize import dequantize, parse_format, quantize
+from ganglion.partitioner.weights import Packed
 
 RNG = np.random.default_rng(11)
+
+
+def rounded(weights: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Packed values, scales, and the numbers that they stand for."""
+    form = parse_format(f"int4-{block}")
+    packed = quantize(weights, form)
+    return packed.values, packed.scales, dequantize(packed, form, weights.shape[1])
 
 
 def dumb_quantize(row: np.ndarray, block: int) -> np.ndarray:
@@ -33,9 +41,8 @@ def test_quantize_equals_the_dumb_one(block, inputs):
     weights = RNG.standard_normal((6, inputs)).astype(np.float32)
     weights[0] = 0
     weights[1, :3] = [1e-44, -1e-44, 0]
-    packed, scales = quantize_int4(weights, block)
+    packed, scales, dequantized = rounded(weights, block)
     assert packed.shape == (6, -(-inputs // block), block // 2)
-    dequantized = dequantize_int4(packed, scales, inputs)
     for row, expected in zip(dequantized, weights, strict=True):
         step = np.abs(scales).max()
         # A number half-way between two levels may round either way: 1/scale is a float32.
@@ -53,7 +60,7 @@ def dequantized_reference(reference: torch.nn.Module, manifest) -> torch.nn.Modu
         weights = linear.weight.detach().numpy()
         step = group_inputs or weights.shape[1]
         parts = [
-            dequantize_int4(*quantize_int4(weights[:, at : at + step], block), weights[:, at : at + step].shape[1])
+            rounded(np.ascontiguousarray(weights[:, at : at + step]), block)[2]
             for at in range(0, weights.shape[1], step)
         ]
         linear.weight = torch.nn.Parameter(torch.from_numpy(np.concatenate(parts, 1)))
@@ -107,6 +114,7 @@ def test_the_head_equals_integer_arithmetic_in_numpy(models, tmp_path):
     normed = res / np.sqrt((res**2).mean(1, keepdims=True) + 1e-6) * joined("norm", np.float32, g.hidden)
     by_block = normed.reshape(5, blocks, block)
     step = np.abs(by_block).max(2, keepdims=True) / 127
-    rounded = np.rint(by_block / step) * step
-    expected = rounded.reshape(5, -1) @ dequantize_int4(packed, scales, g.hidden).T
+    activations = np.rint(by_block / step) * step
+    numbers = dequantize(Packed(packed, scales), parse_format(f"int4-{block}"), g.hidden)
+    expected = activations.reshape(5, -1) @ numbers.T
     assert np.abs(logits - expected[:, : g.vocab]).max() < 2e-3 * np.abs(expected).max()

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, get_args, get_type_hints
 
-from ganglion.cli import output, views
-from ganglion.cli.owner import agents_home, device_name, owner_home
+from ganglion.cli import views
+from ganglion.cli.bars import Bars, progress_bar
+from ganglion.cli.owner import agents_home, device_name
 from ganglion.cli.serving import read_serving
+from ganglion.cli.shelf import Memory, agent_homes, find_cut, key_of
+from ganglion.cli.sourcing import Source, checkpoint_of
 from ganglion.proto import admin_pb2
 from ganglion.wire.errors import ErrorBody, InvalidRequest, NotFound, Unavailable, from_body
-from ganglion.wire.home import make_private_folder, write_secret
 from ganglion.wire.nouns import Manifest, NumericClass, PlanOptions, to_json
 
 if TYPE_CHECKING:
     from ganglion.cli.admin import Admin
+    from ganglion.partitioner.quantize import Rules
 
 READY: Final = admin_pb2.DEPLOYMENT_PHASE_READY
 FAILED: Final = admin_pb2.DEPLOYMENT_PHASE_FAILED
@@ -28,11 +29,16 @@ STOPPED: Final = admin_pb2.DEPLOYMENT_PHASE_STOPPED
 
 @dataclass(frozen=True)
 class Wish:
-    """What a person asked of a deployment; `weights` None and default options: whatever is deployed will do."""
+    """What a person asked of a deployment; `weights` None and default options: whatever is deployed will do.
 
-    weights: Literal["fp32", "int4"] | None = None
+    block, rules: of the cut, where the format's usual block and the class's own formats are not what was asked for.
+    """
+
+    weights: str | None = None
     fast: bool = False
     options: PlanOptions = field(default_factory=PlanOptions)
+    block: int | None = None
+    rules: Rules | None = None
 
     @classmethod
     def of(
@@ -66,6 +72,11 @@ class Wish:
         }  # fmt: skip
         return cls(_format(weights), fast, _plan_options(document))
 
+    @classmethod
+    def weights_only(cls, weights: str | None, *, fast: bool) -> Wish:
+        """From `--format` and `--fast` alone. Raises InvalidRequest naming the option."""
+        return cls(_format(weights), fast)
+
     @property
     def is_open(self) -> bool:
         """Whether any ready deployment of the model will do."""
@@ -77,17 +88,23 @@ class Wish:
             return False
         if self.is_open:
             return True
-        found = views.manifest_of(state).numeric_class
-        if self.options != PlanOptions() or found.exact == self.fast:
-            return False
-        return self.weights is None or self.weights == found.format
+        return self.options == PlanOptions() and self.accepts_class(views.manifest_of(state).numeric_class)
+
+    def accepts_class(self, found: NumericClass) -> bool:
+        """Whether weights in this class are what was asked for."""
+        return found.exact != self.fast and self.weights in (None, found.format)
 
 
-def _format(text: str | None) -> Literal["fp32", "int4"] | None:
-    choices: dict[str | None, Literal["fp32", "int4"] | None] = {None: None, "fp32": "fp32", "int4": "int4"}
-    if text in choices:
-        return choices[text]
-    raise InvalidRequest(f"--format {text!r}: it is fp32 or int4", param="format")
+def weight_formats() -> tuple[str, ...]:
+    """The weight formats of numeric classes."""
+    return get_args(get_type_hints(NumericClass)["format"])
+
+
+def _format(text: str | None) -> str | None:
+    if text is None or text in weight_formats():
+        return text
+    *others, last = weight_formats()
+    raise InvalidRequest(f"--format {text!r}: it is {', '.join(others)} or {last}", param="format")
 
 
 def _plan_options(document: dict[str, Any]) -> PlanOptions:
@@ -119,33 +136,49 @@ def local_agent(root: Path) -> LocalAgent:
     raise Unavailable("no agent runs here to hold the model's pieces; start one with `ganglion up` or `ganglion join`")
 
 
-def checkpoint_of(model: str, name: str | None) -> tuple[Path, str] | None:
-    """Folder and API name of a checkpoint; None when `model` is neither a demo nor a folder."""
-    from ganglion.models import DEMO_NAMES, demo_path
-
-    if model in DEMO_NAMES:
-        return demo_path(model), name or model
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder.resolve(), name or folder.resolve().name
-    if "/" in model or model.startswith("."):
-        raise NotFound(f"there is no folder {folder}; give a folder with config.json and *.safetensors", param="model")
-    return None
+def store_home(root: Path) -> Path | None:
+    """Home of the agent here whose store takes the pieces, whether it runs or not; None when there is none."""
+    with contextlib.suppress(Unavailable):
+        return local_agent(root).home
+    homes = agent_homes(root)
+    return min(homes, key=lambda each: each.name != device_name(), default=None)
 
 
 async def ensure_ready(root: Path, line: Admin, model: str, *, name: str | None, wish: Wish) -> str:
     """Deploy `model` unless a ready deployment of it will do; its name in the API. Raises GanglionError."""
-    found = checkpoint_of(model, name)
-    wanted = found[1] if found else model
+    found = await checkpoint_of(model, name)
+    wanted = found.name if found else model
     for state in (await line.fleet()).deployments:
-        if wanted in (state.model, state.deployment) and wish.accepts(state):
+        if wanted in (state.model, state.deployment) and wish.accepts(state) and is_of(state, found):
             return state.model
-    if found is None:
-        raise await unknown_model(line, model)
+    manifest = await manifest_for(root, line, model, found, wish)
     agent = local_agent(root)
-    manifest = cut(root, agent, found[0], name=wanted, wish=wish)
     await deploy(line, request_of(manifest, wish.options, agent))
     return manifest.name
+
+
+async def manifest_for(root: Path, line: Admin, model: str, found: Source | None, wish: Wish) -> Manifest:
+    """The manifest of a checkpoint, cut unless it is; or the latest model called `model` that is cut here.
+
+    Raises NotFound when `found` is None and nothing of that name is here.
+    """
+    if found is not None:
+        return cut(root, local_agent(root).home, found, wish=wish)
+    here = [
+        each
+        for each in find_cut(root, model)
+        if each.home == local_agent(root).home and wish.accepts_class(each.manifest.numeric_class)
+    ]
+    if not here:
+        raise await unknown_model(line, model)
+    return max(here, key=lambda each: each.used_unix_s or 0.0).manifest
+
+
+def is_of(state: admin_pb2.DeploymentState, found: Source | None) -> bool:
+    """Whether a deployment is of this very checkpoint: another one may have the same name."""
+    from ganglion.partitioner.checkpoint import open_checkpoint
+
+    return found is None or views.manifest_of(state).source_digest == open_checkpoint(found.path).digest
 
 
 async def unknown_model(line: Admin, model: str) -> NotFound:
@@ -155,7 +188,8 @@ async def unknown_model(line: Admin, model: str) -> NotFound:
     known = [state.model for state in (await line.fleet()).deployments if state.phase == READY]
     ready = f"; ready now: {', '.join(sorted(known))}" if known else ""
     return NotFound(
-        f"unknown model {model!r}: it is no folder and not deployed{ready}; embedded: {', '.join(DEMO_NAMES)}",
+        f"unknown model {model!r}: it is no folder, not cut here and not deployed{ready}; embedded:"
+        f" {', '.join(DEMO_NAMES)}; a repository is org/name",
         param="model",
     )
 
@@ -165,41 +199,34 @@ def request_of(manifest: Manifest, options: PlanOptions, agent: LocalAgent) -> a
     return admin_pb2.DeployRequest(manifest=to_json(manifest), options=to_json(options), holder=agent.node_id)
 
 
-def cut(root: Path, agent: LocalAgent, source: Path, *, name: str, wish: Wish) -> Manifest:
-    """The manifest of `source` in the class asked for; cut into the agent's store, with a bar, unless it is there."""
+def cut(root: Path, home: Path, source: Source, *, wish: Wish) -> Manifest:
+    """The manifest of `source` in the class asked for; cut into the store of the agent in `home` unless it is there."""
     from ganglion.agent.store import ManifestShelf, PieceStore, all_pieces
-    from ganglion.partitioner.cut import numeric_class, partition
+    from ganglion.partitioner.classes import NO_RULES, numeric_class
+    from ganglion.partitioner.cut import partition
 
-    numeric = numeric_class(source, wish.weights or default_weights(source), fast=wish.fast)
-    store = PieceStore(agent.home / "store")
-    shelf = ManifestShelf(agent.home / "store")
-    remembered = make_private_folder(owner_home(root) / "manifests") / _key(source, name, numeric)
-    with contextlib.suppress(FileNotFoundError, NotFound):
-        known = shelf.get(remembered.read_text(encoding="ascii"))
-        if all(store.has(piece.digest, piece.size) for piece in all_pieces(known)):
-            return known
-    with progress_bar(f"cutting {name} ({numeric.name})") as advance:
-        manifest = partition(source, store, name=name, numeric_class=numeric, progress=advance)
-    write_secret(remembered, shelf.put(manifest).encode("ascii"))
+    weights: Any = wish.weights or default_weights(source.path)  # one of the formats of the noun
+    rules = wish.rules or NO_RULES
+    numeric = numeric_class(source.path, weights, fast=wish.fast, block=wish.block, rules=rules)
+    store = PieceStore(home / "store")
+    shelf = ManifestShelf(home / "store")
+    memory, key = Memory(root), key_of(source, numeric)
+    if (remembered := memory.recall(key)) is not None:
+        with contextlib.suppress(NotFound):
+            known = shelf.get(remembered)
+            if all(store.has(piece.digest, piece.size) for piece in all_pieces(known)):
+                return known
+    with progress_bar(f"cutting {source.name} ({numeric.name})") as advance:
+        manifest = partition(source.path, store, name=source.name, numeric_class=numeric, rules=rules, progress=advance)
+    memory.note(key, shelf.put(manifest), source)
     return manifest
 
 
-def default_weights(source: Path) -> Literal["fp32", "int4"]:
-    """The weight format where none is asked for: fp32 for small checkpoints, else int4."""
-    stored = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    return "fp32" if stored <= SMALL_CHECKPOINT_BYTES else "int4"
+def default_weights(path: Path) -> str:
+    """The weight format where none is asked for: of the source's own blocks, else fp32 for small ones, else int4."""
+    from ganglion.partitioner.classes import default_format
 
-
-def _key(source: Path, name: str, numeric: NumericClass) -> str:
-    """A name for (this checkpoint as it lies there now, this class): changes when any of its files does."""
-    from ganglion.wire.hello import distribution_version
-
-    marks = [distribution_version(), str(source), name, numeric.name]
-    for file in sorted(source.iterdir()):
-        if file.is_file():
-            stat = file.stat()
-            marks.append(f"{file.name}\0{stat.st_size}\0{stat.st_mtime_ns}")
-    return hashlib.sha256("\n".join(marks).encode()).hexdigest()
+    return default_format(path, SMALL_CHECKPOINT_BYTES)
 
 
 async def deploy(line: Admin, request: admin_pb2.DeployRequest) -> str:
@@ -223,46 +250,3 @@ async def deploy(line: Admin, request: admin_pb2.DeployRequest) -> str:
                 if event.phase == READY:
                     return event.deployment
     raise Unavailable("the coordinator ended the deployment's stream before it was ready; see `ganglion ps`")
-
-
-@contextlib.contextmanager
-def progress_bar(title: str) -> Iterator[Any]:
-    """A bar on standard error; yields `advance(done_bytes, total_bytes)`."""
-    with Bars() as bars:
-        yield lambda done, total: bars.show(title, done, total, key=title)
-    output.step(title)
-
-
-class Bars:
-    """Several progress bars on standard error: drawn on a terminal, silent elsewhere."""
-
-    def __init__(self) -> None:
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-
-        console = output.notes()
-        self._progress = Progress(
-            TextColumn("  {task.description}", markup=False),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> Bars:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def show(self, title: str, done: int, total: int, *, key: str) -> None:
-        """Draw the bar `key` at `done` of `total` bytes."""
-        if key not in self._tasks:
-            self._tasks[key] = self._progress.add_task(title, total=None)
-        self._progress.update(self._tasks[key], description=title, completed=done, total=total or None)
-
-    def say(self, text: str) -> None:
-        """A line above the bars."""
-        output.doing(text)

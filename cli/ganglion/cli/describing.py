@@ -212,7 +212,7 @@ def human_count(count: int) -> str:
 def _configuration(config: Config) -> dict[str, Any]:
     """Family and sizes; a family that is not supported says so, and its sizes stay unknown."""
     from ganglion.partitioner.families import family_of
-    from ganglion.partitioner.families.base import split_model
+    from ganglion.partitioner.families.model import split_model
 
     document: dict[str, Any] = {"architecture": next(iter(config.names("architectures")), None)}
     try:

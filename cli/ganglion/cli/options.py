@@ -61,6 +61,14 @@ StoreOption = Annotated[
         "--store", help="Disk for models' pieces here, for example 50GiB. Default: no limit.", show_default=False
     ),
 ]
+BandwidthOption = Annotated[
+    str | None,
+    typer.Option(
+        "--bandwidth",
+        help="Most that models' pieces may take of the network, each way, for example 20MB/s. Default: no limit.",
+        show_default=False,
+    ),
+]
 PiecePortOption = Annotated[
     int | None,
     typer.Option("--piece-port", help="Port that serves pieces. Default: any free one.", show_default=False),
@@ -70,13 +78,18 @@ ReadyFileOption = Annotated[
     typer.Option("--ready-file", help="Write a JSON with pid and addresses here once ready.", show_default=False),
 ]
 ModelArgument = Annotated[
-    str, typer.Argument(help="`demo`, a folder with a Hugging Face checkpoint, or a deployed model's name.")
+    str,
+    typer.Argument(
+        help="`demo`; a repository of the Hugging Face hub, as org/name, org/name@revision or (GGUF) org/name:Q4_K_M; a"
+        " folder with a checkpoint, or a .gguf file; or the name of a model that is cut or deployed."
+    ),
 ]
 FormatOption = Annotated[
     str | None,
     typer.Option(
         "--format",
-        help="Weights: fp32 or int4. Default: as deployed, else fp32 up to 256 MiB, int4 above.",
+        help="Weights: fp32, fp16, int8 or int4. Default: as deployed, else the source's own blocks, else fp32 up to "
+        "256 MiB, int4 above.",
         show_default=False,
     ),
 ]
@@ -105,7 +118,12 @@ SessionsOption = Annotated[
 ]
 PrivateOption = Annotated[bool, typer.Option("--private", help="Use only devices with the label owner.")]
 NameOption = Annotated[
-    str | None, typer.Option("--name", help="Name of the model in the API. Default: the folder's.", show_default=False)
+    str | None,
+    typer.Option(
+        "--name",
+        help="Name of the model in the API. Default: the repository's in lower case (and :variant), or the folder's.",
+        show_default=False,
+    ),
 ]
 ApiOption = Annotated[
     str | None,

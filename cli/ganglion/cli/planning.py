@@ -53,7 +53,8 @@ async def plan(
     """Show how a model would be run, without running it. Exit code 6 when no set of devices can hold it."""
     from ganglion.cli import views
     from ganglion.cli.admin import admin
-    from ganglion.cli.deploying import Wish, checkpoint_of, cut, local_agent, request_of, unknown_model
+    from ganglion.cli.deploying import Wish, local_agent, manifest_for, request_of
+    from ganglion.cli.sourcing import checkpoint_of
     from ganglion.proto import admin_pb2
     from ganglion.wire.errors import DoesNotFit
     from ganglion.wire.limits import REPORT_BYTES
@@ -65,16 +66,13 @@ async def plan(
     )  # fmt: skip
     root = root_of(home)
     async with admin(root) as line:
-        found = checkpoint_of(model, name)
-        if found is not None:
-            agent = local_agent(root)
-            manifest = cut(root, agent, found[0], name=found[1], wish=wish)
-            request = request_of(manifest, wish.options, agent)
-        else:
-            deployed = [each for each in (await line.fleet()).deployments if model in (each.model, each.deployment)]
-            if not deployed:
-                raise await unknown_model(line, model)
+        found = await checkpoint_of(model, name)
+        deployed = [each for each in (await line.fleet()).deployments if model in (each.model, each.deployment)]
+        if found is None and deployed:
             request = admin_pb2.DeployRequest(manifest=deployed[0].manifest, options=to_json(wish.options))
+        else:
+            manifest = await manifest_for(root, line, model, found, wish)
+            request = request_of(manifest, wish.options, local_agent(root))
         report = from_json(PlanReport, (await line.explain(request)).report, limit_bytes=REPORT_BYTES)
     document = json.loads(to_json(report))
     if as_json:

@@ -116,7 +116,7 @@ async def chat(
     base = require_api(root, api)
     options = _sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed) | {"model": deployed}
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
-    while said := await _read_line():
+    while said := await _next_line():
         messages.append({"role": "user", "content": said})
         answered = await _print(base, "chat/completions", {**options, "messages": messages})
         messages.append({"role": "assistant", "content": answered})
@@ -126,9 +126,15 @@ def _sampling(**given: Any) -> dict[str, Any]:
     return {key: value for key, value in given.items() if value is not None}
 
 
-async def _read_line() -> str:
+async def _next_line() -> str:
     if sys.stdin.isatty():
         output.notes().print("[bold cyan]>[/]", end=" ")
+    return await read_line()
+
+
+async def read_line() -> str:
+    """A line from standard input without its white space; empty at its end."""
+    if sys.stdin.isatty():
         # Waiting inside readline would keep Ctrl-C waiting too; a terminal is readable once a whole line is there.
         loop, readable = asyncio.get_running_loop(), asyncio.Event()
         loop.add_reader(sys.stdin, readable.set)

@@ -30,7 +30,7 @@ async def test_a_real_probe_measures_every_format(tmp_path, monkeypatch):
     monkeypatch.setattr(profile, "LARGE_BYTES", 1 << 60)  # the small products: quick, and what a phone would run
     home = Home(tmp_path)
     found = await profile.probe_device(home.path, store=home.store, threads=1)
-    assert set(found.rates) == {"fp32", "int4-32", "int4-128"}
+    assert set(found.rates) == {"fp32", "int4-32", "int4-128", "int8", "int8-32"}
     for rate in found.rates.values():
         assert rate.decode_bytes_per_s > 1e7
         assert rate.prefill_flop_per_s > 1e8

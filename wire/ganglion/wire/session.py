@@ -96,7 +96,7 @@ class SessionClient:
                 event = _parse_event(await end.receive(_EVENT))
                 if event.WhichOneof("body") == "failed":
                     finished = True
-                    raise from_body(ErrorBody(event.failed.code, event.failed.message))
+                    raise from_body(ErrorBody(event.failed.code, event.failed.message, event.failed.param or None))
                 finished = event.WhichOneof("body") == "finished"
                 yield event
         finally:
@@ -213,5 +213,5 @@ class SessionServicer:
         if not isinstance(error, GanglionError):
             log.error("a session failed by a defect", exc_info=error)
         body = to_body(error)
-        failed = lane_pb2.Failed(code=body.code, message=body.message)
+        failed = lane_pb2.Failed(code=body.code, message=body.message, param=body.param or "")
         await end.send(_EVENT, lane_pb2.SessionEvent(failed=failed).SerializeToString())

@@ -31,6 +31,8 @@ def share_pieces(slot: Slot, share: Range) -> tuple[PieceRef, ...]:
         raise InvalidDocument(f"slot {slot.name}: its pieces differ in size, every group of a slot is as large")
     if slot.join == "columns" and pieces and pieces[0].size % slot.rows:
         raise InvalidDocument(f"slot {slot.name}: a piece of {pieces[0].size} bytes does not hold {slot.rows} rows")
+    if slot.stored and (slot.join == "columns" or any(piece.size % 2 for piece in pieces)):
+        raise InvalidDocument(f"slot {slot.name}: pieces of {slot.stored} are rows of whole numbers")
     return pieces
 
 
@@ -39,23 +41,36 @@ def slot_offsets(segment: Segment, share: Range) -> dict[str, int]:
     offsets, at = {}, 0
     for slot in segment.slots:
         offsets[slot.name] = at
-        at += sum(piece.size for piece in share_pieces(slot, share))
+        at += slot.growth * sum(piece.size for piece in share_pieces(slot, share))
     return offsets
 
 
 def weights_size(segment: Segment, share: Range) -> int:
     """Size in bytes of the `weights.bin` of groups start..stop of `segment`."""
-    return sum(piece.size for slot in segment.slots for piece in share_pieces(slot, share))
+    return sum(slot.growth * piece.size for slot in segment.slots for piece in share_pieces(slot, share))
 
 
 def write_weights(segment: Segment, share: Range, open_piece: OpenPiece, into: BinaryIO) -> None:
     """Write the `weights.bin` of groups start..stop of `segment`; raises Corrupt for a piece of another size."""
     for slot in segment.slots:
         pieces = [_opened(slot, piece, open_piece) for piece in share_pieces(slot, share)]
-        if slot.join == "columns" and len(pieces) > 1:
+        if slot.stored:
+            _widened(slot, pieces, into)
+        elif slot.join == "columns" and len(pieces) > 1:
             _write_columns(pieces, slot.rows, into)
         else:
             into.writelines(pieces)
+
+
+def _widened(slot: Slot, pieces: list[memoryview], into: BinaryIO) -> None:
+    """Write numbers of 16 bits as float32."""
+    for piece in pieces:
+        for start in range(0, piece.nbytes, BLOCK_BYTES):
+            part = piece[start : start + BLOCK_BYTES]
+            if slot.stored == "bfloat16":  # the upper half of a float32
+                into.write((np.frombuffer(part, "<u2").astype("<u4") << np.uint32(16)).data)
+            else:
+                into.write(np.frombuffer(part, "<f2").astype("<f4").data)
 
 
 def _opened(slot: Slot, piece: PieceRef, open_piece: OpenPiece) -> memoryview:

@@ -15,7 +15,7 @@ import numpy as np
 from ganglion.agent.probe.shapes import GRAPHS, PREFILL_ROWS, SHAPES, Shape, Size
 from ganglion.wire.nouns import FormatRate
 
-DECODE_S: Final = 0.6  # for all formats together
+DECODE_S: Final = 0.8  # for all formats together
 PREFILL_S: Final = 0.2  # for each format
 DISK_BYTES: Final = 24 << 20
 DISK_BLOCK_BYTES: Final = 1 << 20
@@ -83,7 +83,7 @@ def _filled(kind: str, dims: tuple[int, ...]) -> np.ndarray[Any, Any]:
     pattern = np.random.default_rng(0).integers(1, 255, 1 << 16, dtype=np.uint8)
     if kind == "float32":
         return np.resize((pattern.astype(np.float32) - 127.5) / 1024, dims)
-    return np.resize(pattern, dims)
+    return np.resize(pattern.view(kind), dims)
 
 
 def _decode(products: dict[str, _Product]) -> dict[str, float]:

@@ -16,6 +16,7 @@ import msgspec
 
 from ganglion.agent.probe.machine import Limits, host_id, kernel_family, system, usable
 from ganglion.agent.probe.measure import Measured
+from ganglion.agent.probe.shapes import SHAPES
 from ganglion.wire.errors import InvalidRequest, Unavailable
 from ganglion.wire.hello import distribution_version
 from ganglion.wire.home import write_secret
@@ -79,7 +80,8 @@ async def probe_device(
 
 
 def _key(limits: Limits, size: str) -> str:
-    marks = (distribution_version(), kernel_family(), system(), str(os.cpu_count()), str(limits.threads), size)
+    formats = ",".join(sorted({shape.name for shape in SHAPES}))
+    marks = (distribution_version(), kernel_family(), system(), str(os.cpu_count()), str(limits.threads), size, formats)
     return hashlib.sha256("\n".join(marks).encode()).hexdigest()
 
 

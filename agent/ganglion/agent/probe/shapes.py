@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -9,13 +10,17 @@ from typing import Final, Literal
 GRAPHS: Final = Path(__file__).parent / "graphs"
 INPUTS: Final = 2048
 DECODE_OUTPUTS: Final[dict[tuple[str, str], int]] = {
-    # Together far beyond a last-level cache: 128 + 80 + 68 MB, or a quarter of it where memory is short.
+    # Together far beyond a last-level cache: 128 + 80 + 68 + 64 + 72 MB, or a quarter of it where memory is short.
     ("large", "fp32"): 16384,
     ("large", "int4-32"): 65536,
     ("large", "int4-128"): 65536,
+    ("large", "int8"): 32768,
+    ("large", "int8-32"): 32768,
     ("small", "fp32"): 4096,
     ("small", "int4-32"): 16384,
     ("small", "int4-128"): 16384,
+    ("small", "int8"): 8192,
+    ("small", "int8-32"): 8192,
 }
 PREFILL_OUTPUTS: Final = 2048
 PREFILL_ROWS: Final = 128
@@ -25,10 +30,15 @@ Size = Literal["large", "small"]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One product `[S, inputs] x [inputs, outputs]`; block 0 is float32."""
+    """One product `[S, inputs] x [inputs, outputs]` in the format `name`.
+
+    bits: of its integers, 0 for float32. block: inputs with a scale of their own, 0 for one scale an output, whose
+    product rounds the rows.
+    """
 
     name: str  # of the format: a key of DeviceProfile.rates
     use: str  # "prefill", or the size of a decode graph
+    bits: int
     block: int
     outputs: int
     inputs: int = INPUTS
@@ -41,29 +51,30 @@ class Shape:
     @property
     def weights(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Initializer -> (dtype, dimensions), in the order of the operator's inputs."""
-        if not self.block:
+        if not self.bits:
             return {"weights": ("float32", (self.inputs, self.outputs))}
+        if not self.block:
+            return {"weights": ("int8", (self.inputs, self.outputs)), "scales": ("float32", (self.outputs,))}
         blocks = self.inputs // self.block
         return {
-            "weights": ("uint8", (self.outputs, blocks, self.block // 2)),
+            "weights": ("uint8", (self.outputs, blocks, self.block * self.bits // 8)),
             "scales": ("float32", (self.outputs * blocks,)),
         }
 
     @property
     def weight_bytes(self) -> int:
         """Bytes that one row's product streams."""
-        if not self.block:
-            return 4 * self.inputs * self.outputs
-        return self.inputs * self.outputs // 2 + 4 * self.inputs * self.outputs // self.block
+        return sum(_ITEM_BYTES[kind] * math.prod(dims) for kind, dims in self.weights.values())
 
     @property
     def flop(self) -> int:
-        """Floating-point operations of a row's product."""
+        """Floating-point operations of a row's product, or as many of integers."""
         return 2 * self.inputs * self.outputs
 
 
-_BLOCKS: Final = {"fp32": 0, "int4-32": 32, "int4-128": 128}
+_ITEM_BYTES: Final = {"float32": 4, "uint8": 1, "int8": 1}
+_FORMATS: Final = {"fp32": (0, 0), "int4-32": (4, 32), "int4-128": (4, 128), "int8": (8, 0), "int8-32": (8, 32)}
 SHAPES: Final = (
-    *(Shape(name, size, _BLOCKS[name], outputs) for (size, name), outputs in DECODE_OUTPUTS.items()),
-    *(Shape(name, "prefill", block, PREFILL_OUTPUTS) for name, block in _BLOCKS.items()),
+    *(Shape(name, size, *_FORMATS[name], outputs) for (size, name), outputs in DECODE_OUTPUTS.items()),
+    *(Shape(name, "prefill", *_FORMATS[name], PREFILL_OUTPUTS) for name in _FORMATS),
 )

@@ -1,13 +1,24 @@
-"""Graphs of attention: rotary attention over the key-value cache of the share's heads."""
+"""Graphs of attention: rotary attention over the key-value cache of the share's heads.
+
+Exact classes at head dimensions above 128, measured on ONNX Runtime 1.31.1 up to 256: MLAS adds queries times keys in
+blocks of 128 dimensions wherever it has more than 64 keys, in larger blocks for fewer. So a row's bits would depend on
+the number of keys: of the whole cache at its first 64 positions, and of every block of keys in the kernel's blocked
+path. Hence two things: rows are padded until there are 65 positions, and every head gets a sink whose weight is zero,
+because with sinks the kernel takes its other path, which multiplies with all keys at once.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from onnx import TensorProto
 
+from ganglion.partitioner.families.model import ONE_BLOCK_HEAD_DIM
 from ganglion.partitioner.families.plans import Attention, Projection
 from ganglion.partitioner.graphs.builder import MICROSOFT, Builder
+from ganglion.wire.nouns import EXACT_POSITIONS
+
+NO_SINK: Final = -1e30  # a logit so low that its weight is exactly zero
 
 
 def build_attention(builder: Builder, core: Attention) -> None:
@@ -18,16 +29,17 @@ def build_attention(builder: Builder, core: Attention) -> None:
         projected = _all_normed(builder, core, widths)
     else:
         projected = builder.joined(builder.entry())
-    attend(builder, core, projected, widths)
+    builder.summed(attend(builder, core, projected, widths))
 
 
-def attend(builder: Builder, core: Attention, projected: str, widths: list[int]) -> None:
-    """Attention over rows [S, q | k | v] of these widths; builds state inputs and outputs, and the partial sum."""
+def attend(builder: Builder, core: Attention, projected: str, widths: list[int]) -> str:
+    """Attention over rows [S, q | k | v] of these widths, over state inputs and outputs: [S, q]."""
     head_dim, keys = core.head_dim, widths[1] // core.head_dim
     total, seqlens, rows = "total", "seqlens_k", ""
     declare_state(builder, core, keys)
+    one_block = head_dim <= ONE_BLOCK_HEAD_DIM
     if builder.exact:
-        projected, total, seqlens, rows = _even(builder, projected)
+        projected, total, seqlens, rows = _even(builder, projected, 0 if one_block else EXACT_POSITIONS - 1)
     if core.head_norm in ("rms", "layer"):
         query, key, value = builder.split(projected, widths)
         query = _head_norm(builder, core, query, "q_norm", widths[0] // head_dim)
@@ -48,6 +60,8 @@ def attend(builder: Builder, core: Attention, projected: str, widths: list[int])
     inputs = [*operands, "past_key", "past_value", seqlens, total, *tables]
     if core.sinks:
         inputs += ["", "", builder.weight("sinks", [widths[0] // head_dim])]
+    elif builder.exact and not one_block:
+        inputs += ["", "", builder.constants([NO_SINK] * (widths[0] // head_dim))]
     builder.node_to(
         ["attended", "present_key", "present_value"], "GroupQueryAttention", inputs, domain=MICROSOFT, **attributes
     )
@@ -55,7 +69,7 @@ def attend(builder: Builder, core: Attention, projected: str, widths: list[int])
     if rows:
         zero = builder.shape([0])
         attended = builder.node("Slice", [attended, zero, rows, zero])[0]
-    builder.summed(attended)
+    return attended
 
 
 def declare_state(builder: Builder, core: Attention, keys: int) -> None:
@@ -101,18 +115,25 @@ def _all_normed(builder: Builder, core: Attention, widths: list[int]) -> str:
     return builder.node("Concat", parts, axis=-1)[0]
 
 
-def _even(builder: Builder, projected: str) -> tuple[str, str, str, str]:
-    """Pad an odd number of rows with a zero row: (padded rows, its total and seqlens_k, the number before).
+def _even(builder: Builder, projected: str, positions: int) -> tuple[str, str, str, str]:
+    """Pad with zero rows to an even number of rows and at least `positions` positions.
 
-    The row's key and value go one position beyond the others, where the session's next row overwrites them.
+    Returns the padded rows, their total and seqlens_k, and the number of rows before. The rows' keys and values go to
+    positions beyond the others, where the session's next rows overwrite them.
     """
     rows = builder.node("Shape", [projected], start=0, end=1)[0]
-    odd = builder.node("Mod", [rows, builder.shape([2])])[0]
-    pads = builder.node("Concat", [builder.shape([0, 0]), odd, builder.shape([0])], axis=0)[0]
+    two, added = builder.shape([2]), builder.shape([0])
+    if positions:
+        total = builder.node("Cast", ["total"], to=TensorProto.INT64)[0]
+        missing = builder.node("Sub", [builder.shape([positions]), total])[0]
+        added = builder.node("Max", [missing, added])[0]
+    odd = builder.node("Mod", [builder.node("Add", [rows, added])[0], two])[0]
+    added = builder.node("Add", [added, odd])[0]
+    pads = builder.node("Concat", [builder.shape([0, 0]), added, builder.shape([0])], axis=0)[0]
     padded = builder.node("Pad", [projected, pads])[0]
-    added = builder.node("Cast", [odd], to=TensorProto.INT32)[0]
-    total = builder.node("Add", ["total", added])[0]
-    return padded, total, builder.node("Add", ["seqlens_k", added])[0], rows
+    narrow = builder.node("Cast", [added], to=TensorProto.INT32)[0]
+    padded_total = builder.node("Add", ["total", narrow])[0]
+    return padded, padded_total, builder.node("Add", ["seqlens_k", narrow])[0], rows
 
 
 def _head_norm(builder: Builder, core: Attention, rows: str, slot: str, heads: int) -> str:
@@ -122,7 +143,7 @@ def _head_norm(builder: Builder, core: Attention, rows: str, slot: str, heads: i
         scale = builder.weight(slot, [dim])
         normed = builder.node("SimplifiedLayerNormalization", [by_head, scale], axis=-1, epsilon=epsilon)[0]
     else:
-        ones = builder.ones(dim)
+        ones = builder.constants([1.0] * dim)
         plain = builder.node("LayerNormalization", [by_head, ones], axis=-1, epsilon=epsilon)[0]
         normed = builder.node("Mul", [plain, builder.weight(slot, [heads, dim])])[0]
     return builder.reshape(normed, [1, -1, heads * dim])

@@ -3,6 +3,7 @@
 from ganglion.wire.nouns.device import DeviceProfile, FormatRate
 from ganglion.wire.nouns.document import Document, digest, from_json, to_json
 from ganglion.wire.nouns.manifest import (
+    EXACT_POSITIONS,
     MANIFEST_FORMAT,
     WEIGHTS_FILE,
     Embedding,
@@ -18,6 +19,7 @@ from ganglion.wire.nouns.manifest import (
 from ganglion.wire.nouns.plan import Candidate, Plan, PlanOptions, PlanReport, Range, Share, Stage
 
 __all__ = [
+    "EXACT_POSITIONS",
     "MANIFEST_FORMAT",
     "WEIGHTS_FILE",
     "Candidate",

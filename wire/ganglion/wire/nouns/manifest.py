@@ -16,6 +16,7 @@ from ganglion.wire.nouns.document import Document
 
 WEIGHTS_FILE = "weights.bin"
 MANIFEST_FORMAT: Literal[2] = 2
+EXACT_POSITIONS = 66  # of a session's buffers and of cos, sin: exact attention writes so many even for fewer tokens
 
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
@@ -34,13 +35,20 @@ class Slot(Document, frozen=True, kw_only=True):
 
     `join`: how pieces of neighbouring groups are joined: "rows" (bytes one after the other; the output dimension is
     outermost, or each group is an initializer of its own), "columns" (every one of `rows` rows is the groups' rows side
-    by side), "whole" (one piece, in every share).
+    by side), "whole" (one piece, in every share). `stored`: "" where pieces are the bytes of `weights.bin`; otherwise
+    they hold numbers of this type, which become float32 there.
     """
 
     name: str
     join: Literal["rows", "columns", "whole"]
     rows: Positive
     pieces: tuple[PieceRef, ...]
+    stored: Literal["", "float16", "bfloat16"] = ""
+
+    @property
+    def growth(self) -> int:
+        """Bytes of `weights.bin` for one byte of a piece."""
+        return 2 if self.stored else 1
 
 
 class Segment(Document, frozen=True, kw_only=True):
@@ -52,7 +60,8 @@ class Segment(Document, frozen=True, kw_only=True):
     residual; "keep" gives the residual as it was, and adds delta (what the segment before left on this device, not yet
     exchanged) to its partial sum; "carry" takes what the segment before carried, and delta, the sums that that one
     asked for. exchange: whether devices sum what it leaves. width: of the partial sum, 0 for the hidden size. carry:
-    numbers of each group and row that the next segment takes on the same device, 0 for none.
+    numbers of each group and row that the next segment takes on the same device, 0 for none. experts: that each row
+    runs through, 0 where it is no mixture; active: the part of its groups' weights that they are.
     """
 
     kind: str
@@ -65,6 +74,8 @@ class Segment(Document, frozen=True, kw_only=True):
     exchange: bool = True
     width: Count = 0
     carry: Count = 0
+    experts: Count = 0
+    active: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
 
 
 class Layer(Document, frozen=True, kw_only=True):
@@ -94,18 +105,22 @@ class NumericClass(Document, frozen=True, kw_only=True):
     """What the numbers depend on, but for the kernel family.
 
     exact: each group its own product, products added in float64, partial sums travel as float64, attention with at
-    least two rows. fast: one product per share, float32 sums.
+    least two rows. fast: one product per share, float32 sums. format: of matrices; fp16 is stored in 16 bits and
+    multiplied as fp32; int8 without a block rounds rows to 8 bits, each with its own scale. exceptions: marks matrices
+    of other formats and the rounding: the first digits of a SHA-256 over both, "" where there are none.
     """
 
-    format: Literal["fp32", "int4"]
+    format: Literal["fp32", "fp16", "int4", "int8"]
     block: Literal[0, 16, 32, 64, 128]
     exact: bool
+    exceptions: Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{8})?$")] = ""
 
     @property
     def name(self) -> str:
-        """For example "fp32-exact", "int4-32-exact", "int4-128-fast"."""
+        """For example "fp32-exact", "int4-32-exact", "int4-128-fast", "int4-32+1b2f0c3d-exact"."""
         block = f"-{self.block}" if self.block else ""
-        return f"{self.format}{block}-{'exact' if self.exact else 'fast'}"
+        exceptions = f"+{self.exceptions}" if self.exceptions else ""
+        return f"{self.format}{block}{exceptions}-{'exact' if self.exact else 'fast'}"
 
 
 class Embedding(Document, frozen=True, kw_only=True):
@@ -137,7 +152,8 @@ class Manifest(Document, frozen=True, kw_only=True):
       head (kind "head", axis "columns"): res, delta -> logits f32[S, g * vocab_group_rows] (final norm inside)
     "{kind}/0" is what a device without a group runs: res, delta -> res_out, partial.
     Exact attention pads an odd S with a row of its own at position total: the buffers and cos, sin hold that position
-    too (there is one: the last token of a full context is drawn and never run).
+    too (there is one: the last token of a full context is drawn and never run). At head dimensions above 128 it pads up
+    to EXACT_POSITIONS positions in all, which they always hold.
     The first segment gets delta = 0. The residual is replicated: every device of a stage holds all of it. Between
     stages travels, by `handover`, "sum" f32[S,H] (res + delta; the next stage begins with delta = 0), or "parts"
     f32[S,2H] (res, then delta in float32, where a layer does more to the sum than to add it).

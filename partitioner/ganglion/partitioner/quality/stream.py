@@ -1,0 +1,136 @@
+"""Running a model's segments one after the other, each cut in memory and forgotten: teacher-forced rows of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from ganglion.partitioner.classes import Layout
+from ganglion.partitioner.families.plans import SegmentPlan
+from ganglion.partitioner.graphs import build_graph
+from ganglion.partitioner.quantize.recipe import Recipe
+from ganglion.partitioner.slots import Array, cut_group, cut_whole, slots_of
+from ganglion.partitioner.weights import Floats
+from ganglion.wire.nouns import EXACT_POSITIONS, PieceRef, Range, Segment, Slot
+from ganglion.wire.shares import write_weights
+
+EMBEDDING = "model.embed_tokens.weight"
+Cut = dict[str, list[Array]]  # slot -> its groups
+
+
+class Session(Protocol):
+    """A session of ONNX Runtime, as far as it is needed here."""
+
+    def run(self, names: Sequence[str] | None, feeds: Mapping[str, Any], /) -> Any:
+        """The outputs for these inputs."""
+        ...
+
+    def get_inputs(self) -> Any:
+        """Names and shapes of the inputs."""
+        ...
+
+    def get_outputs(self) -> Any:
+        """Names of the outputs."""
+        ...
+
+
+class OpenSession(Protocol):
+    """Opens a graph whose `weights.bin` is in memory."""
+
+    def __call__(self, graph: bytes, weights: bytes, /) -> Session:
+        """A session of it."""
+        ...
+
+
+@dataclass
+class State:
+    """What a row of tokens is between two segments: [tokens, hidden] each, and what the segment before carried."""
+
+    res: Floats
+    delta: Array
+    carry: Floats | None = None
+
+
+def cut_segment(plan: SegmentPlan, layout: Layout, recipe: Recipe) -> Cut:
+    """Every group of a segment."""
+    found: Cut = {}
+    parts = [cut_whole(plan, layout.checkpoint, recipe)]
+    parts += [cut_group(plan, layout.checkpoint, recipe, group) for group in range(plan.groups)]
+    for cut in parts:
+        for arrays in cut:
+            for slot, array in arrays.items():
+                found.setdefault(slot, []).append(array)
+    return found
+
+
+def start(plan: SegmentPlan, layout: Layout, recipe: Recipe, cut: Cut, open_session: OpenSession) -> Session:
+    """A session of all groups of a segment with the numbers in `cut`."""
+    pieces: dict[str, memoryview] = {}
+
+    def put(slot: str, group: int, array: Array) -> PieceRef:
+        view = np.ascontiguousarray(array).data.cast("B")
+        name = hashlib.sha256(f"{slot}/{group}".encode()).hexdigest()  # of its place: nothing here is stored
+        pieces[name] = view
+        return PieceRef(name, view.nbytes)
+
+    slots = tuple(
+        Slot(
+            name=slot.name,
+            join=slot.join,
+            rows=slot.rows,
+            stored=slot.stored,
+            pieces=tuple(put(slot.name, group, array) for group, array in enumerate(cut[slot.name])),
+        )
+        for slot in slots_of(plan, recipe)
+    )
+    segment = Segment(kind=plan.kind, axis=plan.axis, groups=plan.groups, slots=slots)
+    weights = io.BytesIO()
+    write_weights(segment, Range(0, plan.groups), pieces.__getitem__, weights)
+    pieces.clear()
+    return open_session(build_graph(plan, segment, plan.groups, layout.model, recipe), weights.getvalue())
+
+
+def embed(layout: Layout, rows: Iterable[Sequence[int]]) -> list[State]:
+    """The rows' first states; only the embeddings of their tokens are read."""
+    model, states = layout.model, []
+    tensor = layout.checkpoint.tensor(EMBEDDING, model.vocab, model.hidden)
+    known: dict[int, Floats] = {}
+    wide = np.float64 if layout.recipe.numeric_class.exact else np.float32
+    for ids in rows:
+        for token in set(ids) - known.keys():
+            known[token] = tensor.rows(token, token + 1)[0] * np.float32(model.embedding_scale)
+        res = np.stack([known[token] for token in ids])
+        states.append(State(res, np.zeros(res.shape, wide)))
+    return states
+
+
+def step(session: Session, plan: SegmentPlan, layout: Layout, state: State) -> State:
+    """The state after a segment."""
+    found = run(session, plan, layout, state)
+    return State(found.get("res_out", state.res), found["partial"], found.get("carry"))
+
+
+def run(session: Session, plan: SegmentPlan, layout: Layout, state: State) -> dict[str, Any]:
+    """Every output of a segment for a row that begins at position 0, by name."""
+    feeds: dict[str, Any] = {"delta": state.delta}
+    feeds |= {"carry": state.carry} if plan.entry.mode == "carry" else {"res": state.res}
+    tokens = len(state.res)
+    if plan.attends:
+        capacity = max(tokens + 1, EXACT_POSITIONS)  # exact graphs pad rows
+        total = np.array([tokens], np.int32)
+        feeds |= {"seqlens_k": total - 1, "total": total}
+        for one in session.get_inputs():
+            if one.name.startswith("past_"):
+                shape = [size if isinstance(size, int) else capacity for size in one.shape]
+                feeds[one.name] = np.zeros(shape, np.float32)
+        if plan.rope:
+            variants = dict(layout.model.ropes)[plan.rope]
+            rope = next((one.rope for one in variants if one.context >= tokens), variants[-1].rope)
+            feeds["cos"], feeds["sin"] = rope.rows(0, capacity)
+    names = [one.name for one in session.get_outputs() if not one.name.startswith("present_")]
+    return dict(zip(names, session.run(names, feeds), strict=True))

@@ -1,0 +1,198 @@
+"""A recipe: the format of every matrix of a model, by its class, by what its source stores, and by rules given."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from ganglion.partitioner.families.plans import Linear, SegmentPlan
+from ganglion.partitioner.quantize.formats import EXACT_BLOCK, Format, Rounding, parse_format
+from ganglion.partitioner.quantize.repack import block_for
+from ganglion.partitioner.weights import Packing, Weights
+from ganglion.wire.errors import InvalidDocument, InvalidRequest, NotFound
+from ganglion.wire.nouns import NumericClass
+
+RULES_BYTES: Final = 1 << 20
+FAST_BLOCK: Final = 128
+WIDER: Final = "int8-32"  # of what a source of 4-bit blocks stores wider, and not in blocks that fit
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a person asks beyond the class: formats by tensor name (or a pattern as in shells), and the rounding."""
+
+    exceptions: tuple[tuple[str, Format], ...] = ()
+    rounding: Rounding = "nearest"
+
+    def of(self, tensor: str) -> Format | None:
+        """The format asked for a tensor: of its own name first, then of the first pattern that matches."""
+        plain = dict(self.exceptions).get(tensor)
+        return plain or next((form for pattern, form in self.exceptions if fnmatchcase(tensor, pattern)), None)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every matrix's format. exceptions: by tensor, those that differ from the class's own."""
+
+    numeric_class: NumericClass
+    exceptions: Mapping[str, Format] = field(default_factory=dict)
+    bfloat16: frozenset[str] = frozenset()  # tensors whose 16 bits are bfloat16
+    rounding: Rounding = "nearest"
+
+    @property
+    def base(self) -> Format:
+        """The class's own format."""
+        return base_of(self.numeric_class)
+
+    def of(self, matrix: Linear) -> Format:
+        """The format of a matrix."""
+        return self.exceptions.get(f"{matrix.tensor}.weight", self.base)
+
+    def stored(self, matrix: Linear) -> Literal["", "float16", "bfloat16"]:
+        """How its pieces are stored where that is not how it is multiplied: `Slot.stored`."""
+        if self.of(matrix).kind != "fp16":
+            return ""
+        return "bfloat16" if f"{matrix.tensor}.weight" in self.bfloat16 else "float16"
+
+    def named(self, plan: SegmentPlan) -> SegmentPlan:
+        """The segment with the exceptions of its matrices in its kind, which names its graphs."""
+        other = [f"{m.slot}={self.of(m).name}" for m in plan.linears if self.of(m) != self.base]
+        return replace(plan, kind="+".join([plan.kind, *other]))
+
+
+def base_of(numeric_class: NumericClass) -> Format:
+    """The format of a class."""
+    return Format(numeric_class.format, numeric_class.block)
+
+
+def recipe_of(
+    numeric_class: NumericClass, plans: Iterable[SegmentPlan], tensor: Callable[[Linear], Weights], rules: Rules
+) -> Recipe:
+    """The recipe of a class for the segments `plans`, whose matrices `tensor` opens; nothing of them is read.
+
+    numeric_class: its `exceptions` are replaced by the recipe's own. Raises InvalidRequest for a rule that matches no
+    tensor, or a block that an exact class does not have.
+    """
+    base = base_of(numeric_class)
+    at_most = EXACT_BLOCK if numeric_class.exact else FAST_BLOCK
+    matrices = [(matrix, matrix is plan.summed) for plan in plans for matrix in plan.linears]
+    opened = {f"{matrix.tensor}.weight": tensor(matrix) for matrix, _ in matrices}
+    bits = packed_bits(opened.values())
+    exceptions: dict[str, Format] = {}
+    for matrix, summed in matrices:
+        name = f"{matrix.tensor}.weight"
+        form = rules.of(name)
+        if form is None:
+            form = _as_stored(opened[name].packing, base, at_most, matrix.width if summed else 0, bits)
+        elif numeric_class.exact and form.block > EXACT_BLOCK:
+            raise InvalidRequest(
+                f"{name}: format {form.name} in an exact class, whose blocks are at most {EXACT_BLOCK}; use "
+                f"{replace(form, block=EXACT_BLOCK).name} or a fast class",
+                param="exceptions",
+            )
+        if form != base:
+            exceptions[name] = form
+    for pattern, _ in rules.exceptions:
+        if pattern not in opened and not any(fnmatchcase(name, pattern) for name in opened):
+            some = ", ".join(sorted(opened)[:3])
+            raise InvalidRequest(
+                f"exceptions name {pattern!r}, which no matrix of the model is called; there are {some}, ...",
+                param="exceptions",
+            )
+    bfloat16 = frozenset(
+        name
+        for name, weights in opened.items()
+        if exceptions.get(name, base).kind == "fp16" and weights.stored == "bfloat16"
+    )
+    named = replace_exceptions(numeric_class, _digest(exceptions, rules.rounding))
+    return Recipe(named, exceptions, bfloat16, rules.rounding)
+
+
+def replace_exceptions(numeric_class: NumericClass, exceptions: str) -> NumericClass:
+    """The class with another digest of exceptions."""
+    return NumericClass(
+        format=numeric_class.format, block=numeric_class.block, exact=numeric_class.exact, exceptions=exceptions
+    )
+
+
+def packed_bits(weights: Iterable[Weights]) -> int:
+    """Bits of the blocks in which most of a model's numbers are stored; 0 where most are plain floats."""
+    counts = {0: 0, 4: 0, 8: 0}
+    for one in weights:
+        counts[one.packing.bits if one.packing else 0] += one.elements
+    return max(counts, key=lambda bits: counts[bits])
+
+
+def _as_stored(packing: Packing | None, base: Format, at_most: int, width: int, model_bits: int) -> Format:
+    """The format of a matrix that nothing was asked for: the class's, but blocks of the source are not rounded twice.
+
+    In a model of 4-bit blocks, what its maker stored wider stays wider.
+    """
+    if base.kind in ("fp32", "fp16") or base.per_row:
+        return base
+    wider = base.kind == "int4" and model_bits == 4
+    if packing is not None:
+        block = block_for(packing, at_most, width)
+        kind = base.kind if packing.bits == 4 or not wider else "int8"
+        if block is not None:
+            form = Format(kind, block, packing.zero_points and Format(kind).bits == packing.bits)
+            if form.holds(packing):
+                return base if base.holds(packing) and _divides(base.block, width) else form
+    return parse_format(WIDER) if wider else base
+
+
+def _divides(block: int, width: int) -> bool:
+    return not width or width % block == 0
+
+
+def _digest(exceptions: Mapping[str, Format], rounding: Rounding) -> str:
+    if not exceptions and rounding == "nearest":
+        return ""
+    marks = [rounding, *(f"{name}={form.name}" for name, form in sorted(exceptions.items()))]
+    return hashlib.sha256("\n".join(marks).encode()).hexdigest()[:8]
+
+
+def read_rules(path: Path) -> Rules:
+    """Rules from a JSON file: {"exceptions": {"<tensor or pattern>": "<format>"}, "rounding": "nearest" or "search"}.
+
+    Both keys may be missing. Raises NotFound, InvalidDocument or InvalidRequest naming the file and the entry.
+    """
+    if not path.is_file():
+        raise NotFound(f"exceptions: there is no file {path}", param="exceptions")
+    if path.stat().st_size > RULES_BYTES:
+        raise InvalidDocument(f"{path}: {path.stat().st_size} bytes, at most {RULES_BYTES} are accepted")
+    try:
+        document = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InvalidDocument(f"{path}: not JSON: {error}") from error
+    if not isinstance(document, dict) or set(document) - {"exceptions", "rounding"}:
+        raise InvalidDocument(f"{path}: an object with exceptions and rounding is expected")
+    return Rules(tuple(_entries(path, document.get("exceptions", {}))), _rounding(path, document))
+
+
+def write_rules(rules: Rules) -> bytes:
+    """The file that `read_rules` reads."""
+    document = {"exceptions": {name: form.name for name, form in rules.exceptions}, "rounding": rules.rounding}
+    return json.dumps(document, indent=1).encode() + b"\n"
+
+
+def _entries(path: Path, found: Any) -> Iterator[tuple[str, Format]]:
+    if not isinstance(found, dict):
+        raise InvalidDocument(f"{path}: exceptions are an object of tensor names and formats")
+    for name, form in found.items():
+        if not isinstance(form, str):
+            raise InvalidDocument(f"{path}: the format of {name!r} is {form!r}, a name as int8-32 is expected")
+        yield name, parse_format(form, param="exceptions")
+
+
+def _rounding(path: Path, document: dict[str, Any]) -> Rounding:
+    found = document.get("rounding", "nearest")
+    known: dict[Any, Rounding] = {"nearest": "nearest", "search": "search"}
+    if not isinstance(found, str) or found not in known:
+        raise InvalidDocument(f"{path}: rounding {found!r}; it is nearest or search")
+    return known[found]
