@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -31,6 +32,7 @@ TINY: dict[str, Any] = {
     "eos_token_id": EOS,
     "tie_word_embeddings": False,
 }
+GEMMAS = ("gemma2", "gemma3_text")  # norms are stored less one, the embedding less a factor of sqrt(hidden_size)
 # Llama 3.1's own figures, with an original context short enough that tiny contexts reach every branch.
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -81,21 +83,32 @@ def make_qwen3(path: Path, *, seed: int = 0, dtype: str = "float32", shard_bytes
     return _save(Qwen3ForCausalLM, described, path, seed=seed, dtype=dtype, shard_bytes=shard_bytes)
 
 
+def make(path: Path, family: str, *, seed: int = 0, dtype: str = "float32", **config: Any) -> Path:
+    """Write a random model of `family` (transformers' class name without ForCausalLM) to the folder `path`.
+
+    `config` overrides `TINY`, in the names of the family's own configuration.
+    """
+    kind = getattr(transformers, f"{family}ForCausalLM")
+    described = kind.config_class(**(TINY | {"pad_token_id": None} | config))
+    return _save(kind, described, path, seed=seed, dtype=dtype, shard_bytes=0)
+
+
 def _save(kind: type[PreTrainedModel], config: Any, path: Path, *, seed: int, dtype: str, shard_bytes: int) -> Path:
     path = Path(path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = kind(config)
+        model, gemma = kind(config), config.model_type in GEMMAS
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if "embed_tokens" in name:  # a large tied embedding would have every token say itself
-                    weight.normal_(0.0, 0.1 if config.tie_word_embeddings else 0.3)
-                elif weight.dim() == 2:
+                    gain = 0.1 if config.tie_word_embeddings else 0.3
+                    weight.normal_(0.0, gain / config.hidden_size**0.5 if gemma else gain)
+                elif weight.dim() == 2 and "norm" not in name:
                     weight.normal_(0.0, 1.5 / weight.shape[1] ** 0.5)
                 elif name.endswith("bias"):
                     weight.normal_(0.0, 0.3)
                 else:
-                    weight.normal_(1.0, 0.2)
+                    weight.normal_(0.0 if gemma else 1.0, 0.2)
     model = model.to(getattr(torch, dtype))
     model.config.dtype = dtype
     options: dict[str, Any] = {"max_shard_size": shard_bytes} if shard_bytes else {}

@@ -16,7 +16,7 @@ import onnxruntime as ort
 
 from ganglion.agent.executor.loader import start_runtime
 from ganglion.partitioner.sink import DirectorySink
-from ganglion.wire.nouns import WEIGHTS_FILE, Manifest, PieceRef, Range, Segment
+from ganglion.wire.nouns import EXACT_POSITIONS, WEIGHTS_FILE, Manifest, PieceRef, Range, Segment
 from ganglion.wire.shares import weights_size, write_weights
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
@@ -45,7 +45,10 @@ def cut_evenly(manifest: Manifest, weights: Sequence[float]) -> list[Cut]:
 
 
 class Runner:
-    """Runs `manifest` (pieces in `pieces`) over `shares`, all in this process; `folder` takes the assembled weights."""
+    """Runs `manifest` (pieces in `pieces`) over `shares`, all in this process; `folder` takes the assembled weights.
+
+    context: that of the deployment, which a rope may depend on; by default as long as the model's.
+    """
 
     def __init__(
         self,
@@ -55,6 +58,7 @@ class Runner:
         shares: Sequence[Cut],
         *,
         threads: int = 1,
+        context: int | None = None,
         spoil: Callable[[int, int, Any], Any] | None = None,
     ) -> None:
         self.manifest, self.pieces, self.shares, self.folder = manifest, pieces, list(shares), folder
@@ -69,7 +73,7 @@ class Runner:
             self._open((rank, -1, 0), manifest.head, share.vocab)
         self.ropes: dict[str, list[Floats]] = {}
         for name, tables in manifest.ropes.items():
-            table = tables[-1]
+            table = next((one for one in tables if context is not None and one.context >= context), tables[-1])
             self.ropes[name] = [
                 np.frombuffer(self._piece(one), np.float32).reshape(table.context, -1) for one in (table.cos, table.sin)
             ]
@@ -78,7 +82,7 @@ class Runner:
     def forward(self, ids: Sequence[int], chunks: Sequence[int] | None = None) -> tuple[Floats, Floats]:
         """Run `ids` from position 0 in chunks of the given sizes: (logits [T, vocab], hidden [T, hidden])."""
         g = self.manifest.geometry
-        capacity = len(ids) + 1  # exact graphs pad an odd number of rows
+        capacity = max(len(ids) + 1, EXACT_POSITIONS)  # exact graphs pad rows
         for rank, share in enumerate(self.shares):
             for layer in range(g.layers):
                 shape = (1, share.heads.count, capacity, g.head_dim)

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ganglion.partitioner.config import Config
-from ganglion.partitioner.rope import read_rope
+from ganglion.partitioner.rope import Rope, read_ropes
 from ganglion.wire.errors import InvalidDocument, Unsupported
 
 LLAMA31 = {
@@ -21,6 +21,7 @@ LLAMA31 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 32, "long_factor": [2.0] * 32}
 CASES = {
     "default": {"rope_type": "default", "rope_theta": 500000.0},
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0},
@@ -37,6 +38,11 @@ CASES = {
         "attention_factor": 1.5,
     },
 }  # fmt: skip
+
+
+def read_rope(config: Config, head_dim: int, context: int) -> Rope:
+    ((_, rope),) = read_ropes(config, head_dim, context)
+    return rope
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 80])
@@ -76,14 +82,44 @@ def test_old_and_new_configurations_read_the_same():
 @pytest.mark.parametrize(
     ("fields", "error", "said"),
     [
-        ({"rope_scaling": {"rope_type": "longrope"}}, Unsupported, "longrope"),
+        ({"rope_scaling": {"rope_type": "proportional"}}, Unsupported, "proportional"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, InvalidDocument, "short_factor is not a list of 32"),
+        ({"rope_scaling": LONG | {"long_factor": [1.0] * 31}}, InvalidDocument, "long_factor is not a list of 32"),
+        ({"rope_scaling": LONG | {"long_factor": [0.0] * 32}}, InvalidDocument, "long_factor is not a list of 32"),
+        ({"rope_scaling": LONG, "original_max_position_embeddings": 1}, Unsupported, "an original context of 1"),
+        ({"rope_theta": 1}, InvalidDocument, "rope_theta is 1"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, Unsupported, "partial_rotary"),
         ({"rope_parameters": {"rope_type": "linear"}}, InvalidDocument, "factor is missing"),
         ({"rope_parameters": {"rope_type": "linear", "factor": "x"}}, InvalidDocument, "factor is 'x'"),
         ({"rope_parameters": [1]}, InvalidDocument, "rope_parameters"),
+        ({"partial_rotary_factor": 0.5}, Unsupported, "this family turns whole heads"),
         ({"rope_theta": float("nan")}, InvalidDocument, "rope_theta"),
     ],
 )
 def test_other_configurations_are_refused(fields, error, said):
     with pytest.raises(error, match=said):
         read_rope(Config(fields, "config.json"), 64, 1024)
+
+
+def test_heads_that_turn_in_part():
+    def turned(factor: float) -> Rope:
+        config = Config({"rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": factor}}, "config.json")
+        ((_, rope),) = read_ropes(config, 64, 1024, partial=True)
+        return rope
+
+    narrow = Config({"rope_theta": 100.0}, "config.json")
+    assert turned(0.25) == read_rope(narrow, 16, 1024)
+    assert turned(1.0) == read_rope(narrow, 64, 1024)
+    for factor in (0.01, 0.3, 1.5):
+        with pytest.raises(Unsupported, match="partial_rotary_factor"):
+            turned(factor)
+
+
+def test_long_ropes_have_two_variants_unless_the_context_is_the_original_one():
+    config = Config({"rope_scaling": LONG, "original_max_position_embeddings": 512}, "config.json")
+    (short, first), (long, second) = read_ropes(config, 64, 1024)
+    assert (short, long) == (512, 1024)
+    assert first.scaling == second.scaling > 1
+    assert first.inverse_frequencies[5] == 2 * second.inverse_frequencies[5]
+    assert read_ropes(config, 64, 512)[0][1].inverse_frequencies == first.inverse_frequencies
+    assert [context for context, _ in read_ropes(config, 64, 300)] == [300]

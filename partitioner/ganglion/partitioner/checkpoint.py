@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from ganglion.partitioner.config import Config
+from ganglion.partitioner.families.text_part import text_part, text_tensors
 from ganglion.partitioner.gguf.source import gguf_config, open_source
 from ganglion.partitioner.prequantized import quantization_of, without_quantization
 from ganglion.partitioner.safetensors import SafetensorsFile, Tensor, open_safetensors
@@ -78,7 +79,7 @@ class Checkpoint:
 
 def read_config(path: Path) -> Config:
     """Read the configuration of the folder or GGUF file `path`; raises NotFound, InvalidDocument or Unsupported."""
-    return gguf_config(path) if _is_gguf(path) else without_quantization(_folder_config(path))
+    return gguf_config(path) if _is_gguf(path) else text_part(without_quantization(_folder_config(path)))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -114,7 +115,7 @@ def _folder_config(path: Path) -> Config:
 
 def _open_folder(path: Path) -> Checkpoint:
     stored = _folder_config(path)
-    quantization, config = quantization_of(stored), without_quantization(stored)
+    quantization, config = quantization_of(stored), text_part(without_quantization(stored))
     digest = hashlib.sha256(_within(path, "config.json").read_bytes())
     tensors: dict[str, Tensor] = {}
     for name, opened in _weight_files(path):
@@ -132,7 +133,7 @@ def _open_folder(path: Path) -> Checkpoint:
         generation = Config(_json(path, "generation_config.json", CONFIG_BYTES), str(path / "generation_config.json"))
     bos = generation.ids("bos_token_id") or config.ids("bos_token_id")
     eos = tuple(sorted({*generation.ids("eos_token_id"), *config.ids("eos_token_id")}))
-    weights = quantization(tensors) if quantization else tensors
+    weights = text_tensors(stored, quantization(tensors) if quantization else tensors)
     return Checkpoint(path, config, weights, tokenizer, digest.hexdigest(), bos[0] if bos else None, eos)
 
 

@@ -18,6 +18,8 @@ from ganglion.wire.errors import InvalidDocument
 from ganglion.wire.nouns import DeviceProfile, Manifest, NumericClass, Range, Segment
 
 WEIGHTS_FACTOR: Final = 1.2  # anonymous memory per byte of weights after a default load (notes/onnxruntime.md, Memory)
+MIXTURE_WEIGHTS_FACTOR: Final = 1.4  # QMoE keeps more of what it packs
+EXPERT_ROW_BYTES: Final = 16  # a number of a row, for each expert that the row runs through: rows in, columns, rows out
 WORKER_OVERHEAD_BYTES: Final = 160 << 20  # interpreter, ONNX Runtime, grpc: measured 120 MB, rounded up
 RUN_S: Final = 20e-6  # starting one segment: bindings, a dummy row of attention
 COLD_RUN_S: Final = 60e-6  # a thread pool that slept during an exchange
@@ -98,8 +100,9 @@ class Network:
 
 
 def rate_key(numeric_class: NumericClass) -> str:
-    """The key of `DeviceProfile.rates` for a class, for example "int4-32"."""
-    return f"{numeric_class.format}-{numeric_class.block}" if numeric_class.block else numeric_class.format
+    """The key of `DeviceProfile.rates` for a class, for example "int4-32"; its exceptions count as the rest of it."""
+    kind = "fp32" if numeric_class.format == "fp16" else numeric_class.format  # float32 once it is loaded
+    return f"{kind}-{numeric_class.block}" if numeric_class.block else kind
 
 
 def decode_rate(profile: DeviceProfile, numeric_class: NumericClass) -> float:
@@ -113,7 +116,7 @@ def decode_rate(profile: DeviceProfile, numeric_class: NumericClass) -> float:
     kin = [
         rate.decode_bytes_per_s
         for key, rate in profile.rates.items()
-        if key.split("-", 1)[0] == numeric_class.format and rate.decode_bytes_per_s > 0
+        if key.split("-", 1)[0] == rate_key(numeric_class).split("-", 1)[0] and rate.decode_bytes_per_s > 0
     ]
     return min(kin) if kin else profile.memory_bytes_per_s / 2
 
@@ -127,7 +130,7 @@ def kv_capacity_tokens(context: int) -> int:
 
 
 class ModelSize:
-    """Bytes of a manifest by layer, axis and group, so that any share is weighed in constant time."""
+    """Bytes of a manifest as loaded, by layer, axis and group, so that any share is weighed in constant time."""
 
     def __init__(self, manifest: Manifest) -> None:
         geometry = manifest.geometry
@@ -138,7 +141,12 @@ class ModelSize:
         self.columns = AxisBytes(
             [_of_axis(layer.segments, "columns") for layer in manifest.layers], geometry.column_groups
         )
+        self.columns_read = AxisBytes(
+            [_of_axis(layer.segments, "columns") for layer in manifest.layers], geometry.column_groups, active=True
+        )
         self.vocab = AxisBytes([(manifest.head,)], geometry.vocab_groups)
+        self._experts = max((segment.experts for layer in manifest.layers for segment in layer.segments), default=0)
+        self.weights_factor = MIXTURE_WEIGHTS_FACTOR if self._experts else WEIGHTS_FACTOR
         self.all_layers = Range(0, len(manifest.layers))
         self.embedding_bytes = sum(piece.size for piece in manifest.embedding.pieces)
         self.rope_bytes = sum(table.cos.size + table.sin.size for tables in manifest.ropes.values() for table in tables)
@@ -164,7 +172,8 @@ class ModelSize:
         """Rows of a step, with their partial sums and the widest intermediate of a share, for `chunk` rows."""
         geometry = self.geometry
         wide = max(geometry.intermediate, geometry.heads * geometry.head_dim)
-        return chunk * (6 * 8 * geometry.hidden + 3 * 4 * wide) + 4 * geometry.vocab
+        repeated = self._experts * geometry.hidden * EXPERT_ROW_BYTES
+        return chunk * (6 * 8 * geometry.hidden + 3 * 4 * wide + repeated) + 4 * geometry.vocab
 
     def fixed_bytes(self, *, chunk: int, lead: bool) -> int:
         """What a worker needs whatever its share: overhead, activations, rope tables, and on the lead the embedding."""
@@ -175,13 +184,16 @@ class ModelSize:
         """Memory of a share but for `fixed_bytes`: loaded weights, and key-value state for `kv_tokens` in all."""
         weights = self.heads.total(layers, heads) + self.columns.total(layers, columns)
         weights += self.vocab.total(HEAD_LAYER, vocab)
-        return int(WEIGHTS_FACTOR * weights) + self.kv_bytes(layers, heads, tokens=kv_tokens)
+        return int(self.weights_factor * weights) + self.kv_bytes(layers, heads, tokens=kv_tokens)
 
 
 class AxisBytes:
-    """Cumulative bytes over layers and groups; whole slots are counted once in every share that is not empty."""
+    """Cumulative bytes over layers and groups; whole slots are counted once in every share that is not empty.
 
-    def __init__(self, layers: Sequence[Sequence[Segment]], groups: int) -> None:
+    active: only what one row reads, of a mixture its experts.
+    """
+
+    def __init__(self, layers: Sequence[Sequence[Segment]], groups: int, *, active: bool = False) -> None:
         grouped = np.zeros((len(layers) + 1, groups + 1), dtype=np.int64)
         whole = np.zeros(len(layers) + 1, dtype=np.int64)
         for index, segments in enumerate(layers):
@@ -189,7 +201,7 @@ class AxisBytes:
             for segment in segments:
                 for slot in segment.slots:
                     if slot.join == "whole":
-                        whole[index + 1] += sum(piece.size for piece in slot.pieces)
+                        whole[index + 1] += slot.growth * sum(piece.size for piece in slot.pieces)
                         continue
                     if len(slot.pieces) != groups:
                         raise InvalidDocument(
@@ -197,7 +209,8 @@ class AxisBytes:
                             f"its axis has {groups} groups"
                         )
                     for group, piece in enumerate(slot.pieces):
-                        sizes[group] += piece.size
+                        part = segment.active if active else 1.0
+                        sizes[group] += int(part * slot.growth * piece.size)
             grouped[index + 1, 1:] = np.cumsum(np.asarray(sizes, dtype=np.int64))
         self._grouped = np.cumsum(grouped, axis=0).tolist()  # plain ints: scalar indexing of arrays is ten times slower
         self._whole = np.cumsum(whole).tolist()

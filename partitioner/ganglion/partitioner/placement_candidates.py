@@ -15,7 +15,6 @@ from ganglion.partitioner.cost import (
     DECODE_DEPTH_TOKENS,
     HEAD_LAYER,
     RUN_S,
-    WEIGHTS_FACTOR,
     Device,
     ModelSize,
     Network,
@@ -206,24 +205,26 @@ def _axes(request: Request, parts: Sequence[Slice], rung: Rung) -> tuple[AxisLoa
     kv_tokens = rung[1] * kv_capacity_tokens(rung[0])
     one = Range(0, 1)
 
-    def load(axis_bytes: int, whole_bytes: int, groups: int, *, least: int, kv_s: bool) -> AxisLoad:
+    def load(held_bytes: int, read_bytes: int, whole_bytes: int, groups: int, *, least: int, kv_s: bool) -> AxisLoad:
         read = size.kv_bytes(layers, one, tokens=DECODE_DEPTH_TOKENS) if kv_s else 0
         held = size.kv_bytes(layers, one, tokens=kv_tokens) if kv_s else 0
         return AxisLoad(
             groups=groups,
-            each_s=tuple(axis_bytes / p.weight_bytes_per_s + read / p.memory_bytes_per_s for p in parts),
+            each_s=tuple(read_bytes / p.weight_bytes_per_s + read / p.memory_bytes_per_s for p in parts),
             fixed_s=tuple(whole_bytes / p.weight_bytes_per_s for p in parts),
-            each_bytes=int(WEIGHTS_FACTOR * axis_bytes) + held,
-            fixed_bytes=int(WEIGHTS_FACTOR * whole_bytes),
+            each_bytes=int(size.weights_factor * held_bytes) + held,
+            fixed_bytes=int(size.weights_factor * whole_bytes),
             least=least,
         )
 
     heads, columns, vocab = size.heads, size.columns, size.vocab
     every = int(geometry.head_groups >= len(parts))
+    head, column, row = heads.largest_group(layers), columns.largest_group(layers), vocab.largest_group(HEAD_LAYER)
+    active = size.columns_read.largest_group(layers)
     return (
-        load(heads.largest_group(layers), heads.whole(layers), geometry.head_groups, least=every, kv_s=True),
-        load(columns.largest_group(layers), columns.whole(layers), geometry.column_groups, least=1, kv_s=False),
-        load(vocab.largest_group(HEAD_LAYER), vocab.whole(HEAD_LAYER), geometry.vocab_groups, least=0, kv_s=False),
+        load(head, head, heads.whole(layers), geometry.head_groups, least=every, kv_s=True),
+        load(column, active, columns.whole(layers), geometry.column_groups, least=1, kv_s=False),
+        load(row, row, vocab.whole(HEAD_LAYER), geometry.vocab_groups, least=0, kv_s=False),
     )
 
 
@@ -311,7 +312,7 @@ def _stage_s(size: ModelSize, stage: Stage, parts: dict[str, Slice]) -> float:
         read = size.kv_bytes(stage.layers, share.heads, tokens=DECODE_DEPTH_TOKENS)
         weights = size.heads.total(stage.layers, share.heads)
         heads_s.append(weights / part.weight_bytes_per_s + read / part.memory_bytes_per_s)
-        columns_s.append(size.columns.total(stage.layers, share.columns) / part.weight_bytes_per_s)
+        columns_s.append(size.columns_read.total(stage.layers, share.columns) / part.weight_bytes_per_s)
         vocab_s.append(size.vocab.total(HEAD_LAYER, share.vocab) / part.weight_bytes_per_s)
     return max(heads_s) + max(columns_s) + max(vocab_s)
 

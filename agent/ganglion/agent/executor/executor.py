@@ -23,7 +23,7 @@ from ganglion.agent.executor.buffers import Delta, Rows, as_value
 from ganglion.agent.executor.kv import KeyValueLedger, SessionState, capacity_for
 from ganglion.agent.executor.loader import LoadedSegment, Shard
 from ganglion.wire.errors import Corrupt, Exhausted, InvalidDocument, ProtocolViolation
-from ganglion.wire.nouns import Manifest, Plan, RopeTable
+from ganglion.wire.nouns import EXACT_POSITIONS, Manifest, Plan, RopeTable
 from ganglion.wire.shares import OpenPiece
 
 
@@ -250,5 +250,7 @@ def rope_tables(
         data = open_piece(piece.digest)
         if not len(data) or len(data) % (chosen.context * 4):
             raise Corrupt(f"rope table: {len(data)} bytes are no rows for {chosen.context} positions")
-        pair.append(np.frombuffer(data, np.float32).reshape(chosen.context, -1)[:context].copy())
+        # Exact attention turns padding rows at positions that the deployment's context need not reach.
+        positions = max(context, EXACT_POSITIONS)
+        pair.append(np.frombuffer(data, np.float32).reshape(chosen.context, -1)[:positions].copy())
     return pair[0], pair[1]

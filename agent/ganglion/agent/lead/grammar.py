@@ -139,15 +139,20 @@ class Grammars:
         finally:
             self._waiting -= 1
 
+    async def _read(self) -> LLTokenizer:
+        if self._tokenizer is not None:
+            return self._tokenizer
+        # llguidance holds Python's lock while it reads a tokenizer, so other sessions wait for it, once.
+        tokenizer = await asyncio.wrap_future(_in_thread(self._load))
+        self._tokenizer = tokenizer
+        return tokenizer
+
     async def _compile(self, grammar: str) -> Constraint:
         if self._late is not None:  # nothing ends a thread; two of them would take two cores
             done, _ = await asyncio.wait((asyncio.wrap_future(self._late),), timeout=GRAMMAR_COMPILE_S)
             if not done:
                 raise Exhausted("a grammar of another request is still being compiled; try again later")
-        if self._tokenizer is None:
-            # llguidance holds Python's lock while it reads a tokenizer, so other sessions wait for it, once.
-            self._tokenizer = await asyncio.wrap_future(_in_thread(self._load))
-        tokenizer = self._tokenizer
+        tokenizer = await self._read()
         self._late = _in_thread(lambda: self._start(tokenizer, grammar))
         try:
             return await asyncio.wait_for(asyncio.wrap_future(self._late), GRAMMAR_COMPILE_S)

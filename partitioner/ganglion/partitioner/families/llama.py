@@ -5,20 +5,23 @@ from __future__ import annotations
 from typing import Final
 
 from ganglion.partitioner.config import Config
-from ganglion.partitioner.families.base import Family, Model, attention, head, mlp, read_dense
+from ganglion.partitioner.families.base import attention, head, mlp
+from ganglion.partitioner.families.model import Family, Model, Split
+from ganglion.partitioner.families.plans import SegmentPlan
+from ganglion.partitioner.families.reading import filled, read_dense
 
 
 def _read(config: Config) -> Model:
+    config = filled(config, max_position_embeddings=2048)
     biased = config.flag("attention_bias", False)
     return read_dense(
         config, family="llama", query_bias=biased, output_bias=biased, mlp_bias=config.flag("mlp_bias", False)
     )
 
 
-LLAMA: Final = Family(
-    name="llama",
-    architectures=("LlamaForCausalLM",),
-    read=_read,
-    layer=lambda model, split, layer: (attention(model, split, layer), mlp(model, split)),
-    head=head,
-)
+def plain_layer(model: Model, split: Split, layer: int) -> tuple[SegmentPlan, ...]:
+    """Attention, then the MLP: what families have that differ in the facts of `Model` alone."""
+    return attention(model, split, layer), mlp(model, split)
+
+
+LLAMA: Final = Family(name="llama", architectures=("LlamaForCausalLM",), read=_read, layer=plain_layer, head=head)

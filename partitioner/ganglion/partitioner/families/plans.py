@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
+HeadNorm = Literal["none", "rms", "layer", "all"]
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Attention:
     window: int = 0
     scale: float | None = None
     softcap: float = 0.0
-    head_norm: Literal["none", "rms", "layer", "all"] = "none"
+    head_norm: HeadNorm = "none"
     sinks: bool = False
 
 
@@ -130,6 +131,25 @@ class Head:
 @dataclass(frozen=True)
 class Core:
     """The base of cores that live in rooms of their own; `build_graph` finds their builder by type."""
+
+    @property
+    def attention(self) -> Attention | None:
+        """The attention inside it, None where it has no key-value state."""
+        return None
+
+    @property
+    def active(self) -> tuple[int, int]:
+        """Experts that a row runs through, and how many there are; (0, 0) for no mixture."""
+        return 0, 0
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of the tensors that it is cut from beyond those of the plan."""
+        return {}
+
+    def at_layer(self, layer: int) -> Core:
+        """The same with the tensor names of one layer."""
+        del layer
+        return self
 
 
 AnyCore = Attention | Projection | GatedMlp | Head | Core
@@ -161,12 +181,19 @@ class SegmentPlan:
     @property
     def attends(self) -> bool:
         """Whether it has key-value state."""
-        return isinstance(self.core, Attention)
+        return self.attention is not None
+
+    @property
+    def attention(self) -> Attention | None:
+        """Its core where that is attention, or the attention inside it."""
+        if isinstance(self.core, Core):
+            return self.core.attention
+        return self.core if isinstance(self.core, Attention) else None
 
     @property
     def rope(self) -> str:
         """The rope that its graph takes, "" for none."""
-        return self.core.rope if isinstance(self.core, Attention) else ""
+        return self.attention.rope if self.attention is not None else ""
 
     @property
     def wholes(self) -> tuple[Vector, ...]:
@@ -179,6 +206,17 @@ class SegmentPlan:
         """Every matrix."""
         return (*self.replicated, *self.joined, *((self.summed,) if self.summed else ()))
 
+    @property
+    def experts(self) -> int:
+        """Experts that each row runs through, 0 where there are none."""
+        return self.core.active[0] if isinstance(self.core, Core) else 0
+
+    @property
+    def active(self) -> float:
+        """The part of its groups' weights that a row runs through."""
+        chosen, of = self.core.active if isinstance(self.core, Core) else (0, 0)
+        return chosen / of if of else 1.0
+
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the checkpoint that the segment is cut from."""
         found: dict[str, tuple[int, ...]] = {vector.tensor: (vector.length,) for vector in self.wholes}
@@ -187,7 +225,7 @@ class SegmentPlan:
             found[f"{matrix.tensor}.weight"] = (matrix.stored_outputs, matrix.inputs)
             if matrix.bias:
                 found[f"{matrix.tensor}.bias"] = (matrix.stored_outputs,)
-        return found
+        return found | (self.core.tensors() if isinstance(self.core, Core) else {})
 
     def at_layer(self, layer: int) -> SegmentPlan:
         """The same segment with the tensor names of one layer."""
@@ -209,4 +247,5 @@ class SegmentPlan:
             grouped=tuple(replace(one, tensor=one.tensor.format(layer=layer)) for one in self.grouped),
             joined=tuple(map(linear, self.joined)),
             summed=self.summed and linear(self.summed),
+            core=self.core.at_layer(layer) if isinstance(self.core, Core) else self.core,
         )

@@ -165,7 +165,8 @@ def _q3_k(blocks: Bytes) -> tuple[Bytes, Floats]:
     lower = _shifted(packed[:, :8].reshape(count, 1, 8), [0, 4], 15).reshape(count, 16)
     upper = _shifted(packed[:, 8:].reshape(count, 1, 4), [0, 2, 4, 6], 3).reshape(count, 16)
     scales = (lower | upper << np.uint8(4)).astype(np.float32) - np.float32(32)
-    return (low | high << np.uint8(2)) + np.uint8(8 - 4), _float16(blocks[:, 108:]) * scales
+    values: Bytes = (low | high << np.uint8(2)) + np.uint8(8 - 4)
+    return values, np.multiply(_float16(blocks[:, 108:]), scales, dtype=np.float32)
 
 
 def _q6_k(blocks: Bytes) -> tuple[Bytes, Floats]:

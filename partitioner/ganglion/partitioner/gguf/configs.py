@@ -191,7 +191,8 @@ def _olmo2(metadata: Metadata, tensors: Tensors) -> Fields:
     window = metadata.whole(".attention.sliding_window", 0, least=0)
     if not window:
         return _rms(metadata, tensors, "Olmo2ForCausalLM", "olmo2") | biased
-    fields = _rms(metadata, tensors, "Olmo3ForCausalLM", "olmo3") | biased
+    fields: Fields = _rms(metadata, tensors, "Olmo3ForCausalLM", "olmo3")
+    fields |= biased
     return _local_rope(metadata, fields, fields["rope_parameters"]["rope_theta"]) | {
         "sliding_window": window,
         "layer_types": _layer_types(metadata, fields["num_hidden_layers"], 4),

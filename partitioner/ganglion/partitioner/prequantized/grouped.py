@@ -52,9 +52,13 @@ class Grouped(Computed):
         """Bytes that reading all of it reads."""
         return sum(part.stored_bytes for part in self.parts)
 
-    @cached_property
+    @property
     def packing(self) -> Packing | None:
         """How it can be had without another rounding; looks at all zeros once."""
+        return self._packing
+
+    @cached_property
+    def _packing(self) -> Packing | None:
         if self.order is not None:
             return None
         outputs, inputs = self.shape
@@ -64,8 +68,10 @@ class Grouped(Computed):
             return None
         if self.bits == 8 and self.group == inputs and middle:
             return Packing(8, 0)
-        block = next((block for block in BLOCKS if self.group % block == 0), None)
-        return None if block is None else Packing(self.bits, block, zero_points=not middle)
+        for block in BLOCKS:
+            if self.group % block == 0:
+                return Packing(self.bits, block, zero_points=not middle)
+        return None
 
     def rows(self, start: int, stop: int) -> Floats:
         """Rows start..stop as float32."""
