@@ -194,7 +194,7 @@ async def _parts(
                 case "finished":
                     finished = event.finished
                 case "failed":
-                    raise from_body(ErrorBody(event.failed.code, event.failed.message))
+                    raise from_body(ErrorBody(event.failed.code, event.failed.message, event.failed.param or None))
                 case "hello":
                     pass
                 case other:
