@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -526,3 +527,30 @@ def test_a_plan_over_two_kernel_families_says_that_near_ties_may_differ():
     for devices, said in ((same, False), (mixed, True)):
         report = place(manifest(), devices, all_links(devices, 1e-5), PlanOptions(mode="tensor"))
         assert any("kernel families" in note for note in report.notes) is said
+
+
+def test_a_mixture_is_weighed_whole_and_timed_by_the_experts_of_a_token():
+    dense = manifest(scale=64)
+    layers = tuple(
+        Layer(segments=(layer.segments[0], msgspec.structs.replace(layer.segments[1], experts=2, active=0.25)))
+        for layer in dense.layers
+    )
+    mixture = msgspec.structs.replace(dense, layers=layers)
+    whole, sparse = (place(one, [device(0)], {}, PlanOptions()).candidates[0] for one in (dense, mixture))
+    columns_s = 16 * 16 * 1600 * 64 / 10e9
+    assert sparse.compute_ms == pytest.approx(whole.compute_ms - 750 * columns_s, rel=1e-3)
+    assert sum(sparse.memory_bytes.values()) > sum(whole.memory_bytes.values())
+
+
+def test_exchanges_are_counted_where_devices_sum_and_by_their_size():
+    plain = manifest()
+    first, second = plain.layers[0].segments
+    sums = msgspec.structs.replace(first, width=2, carry=96)
+    parallel = msgspec.structs.replace(first, exchange=False)
+    of = [Layer(segments=segments) for segments in ((first, second), (sums, first, second), (parallel, second))]
+    size = ModelSize(msgspec.structs.replace(plain, layers=tuple(of)))
+    assert [size.exchanges(Range(at, at + 1)) for at in range(3)] == [
+        {2048 * 8: 2},
+        {16: 1, 2048 * 8: 2},
+        {2048 * 8: 1},
+    ]
