@@ -75,6 +75,9 @@ NOTES: Final = f"""
   residual and that sum travel on.
 * Parallel layers (Command-R) exchange once a layer; norms over all heads (OLMo 2 and 3, OLMoE) once more, two numbers a
   token.
+* **Mixtures.** A column group is a run of columns of every expert (at most 4 groups in exact classes, 16 in fast ones),
+  so a device with all groups of a layer holds its experts whole. Routers are float32 in every class. DeepSeek's latent
+  is replicated; its cache holds full heads.
 
 ## Limits
 
@@ -83,6 +86,7 @@ NOTES: Final = f"""
 * A rope of two variants (longrope) goes by the context that a deployment is made with: up to the original context the
   short factors, beyond it the long ones, from the first token on. transformers changes over within a text.
 * A window bounds what attention reads, not the memory that keys and values take.
+* Mixtures run in fp32, int4, and int8 with a block.
 * Gemma's embedding is scaled in float32, as transformers does it in float32.
 """
 
