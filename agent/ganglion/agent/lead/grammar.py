@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -25,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ganglion.agent.store.needs import TOKENIZER_FILE
+from ganglion.wire.deep_thread import STACK_BYTES, in_deep_thread
 from ganglion.wire.errors import Corrupt, Exhausted, Internal, InvalidRequest, Unsupported
 from ganglion.wire.limits import (
     GRAMMAR_BYTES,
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 _MESSAGE_CHARACTERS: Final = 400
-# Compiling recurses along chains of rules and of references, some kilobytes a link; untouched stack takes no memory.
-_STACK_BYTES: Final = 256 << 20
 
 
 T = TypeVar("T")
@@ -241,23 +239,7 @@ def _bounded(message: str) -> str:
 
 
 def _in_thread(function: Callable[[], T]) -> Future[T]:
-    """Run `function` in a thread of its own, with a stack for deep grammars; it is not waited for at the end."""
-    future: Future[T] = Future()
-    future.set_running_or_notify_cancel()  # whoever waits may leave; the thread goes on
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except Exception as error:  # noqa: BLE001 - whoever waits gets it
-            future.set_exception(error)
-        except BaseException as error:  # noqa: BLE001 - llguidance's panics are none of Exception
-            future.set_exception(Internal(f"llguidance failed: {_bounded(str(error))}"))
-
-    before = threading.stack_size(_STACK_BYTES)
     try:
-        threading.Thread(target=run, name="grammar", daemon=True).start()
+        return in_deep_thread(function, panicked=lambda error: Internal(f"llguidance failed: {_bounded(str(error))}"))
     except RuntimeError as error:
-        raise Exhausted(f"no thread with a stack of {_STACK_BYTES >> 20} MiB for a grammar: {error}") from error
-    finally:
-        threading.stack_size(before)
-    return future
+        raise Exhausted(f"no thread with a stack of {STACK_BYTES >> 20} MiB for a grammar: {error}") from error
