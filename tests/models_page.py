@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import sys
@@ -17,6 +16,7 @@ import mixture_shapes
 import transformers
 from checkpoints import TINY
 
+from ganglion.cli.reference import write_or_check
 from ganglion.partitioner.config import Config
 from ganglion.partitioner.families import FAMILIES
 from ganglion.partitioner.families.model import EXACT_HEAD_DIM, Family, split_model
@@ -190,18 +190,7 @@ def _short(value: Any) -> str:
 
 def main() -> int:
     """Write the page, or with --check compare and exit 1 on a difference."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--check", action="store_true", help="fail if the file differs")
-    arguments = parser.parse_args()
-    fresh = page()
-    if not arguments.check:
-        arguments.file.write_text(fresh, encoding="utf-8")
-        return 0
-    if arguments.file.exists() and arguments.file.read_text(encoding="utf-8") == fresh:
-        return 0
-    print(f"out of date: {arguments.file}: run python tests/models_page.py {arguments.file}", file=sys.stderr)
-    return 1
+    return write_or_check(page, "python tests/models_page.py", __doc__)
 
 
 if __name__ == "__main__":

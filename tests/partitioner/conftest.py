@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from checkpoints import LLAMA3_ROPE, make_llama, make_qwen3
-from transformers import AutoModelForCausalLM
+from cut_models import CutModels
 
-from ganglion.partitioner.cut import numeric_class, partition
-from ganglion.partitioner.sink import DirectorySink
 from ganglion.wire.nouns import Manifest
 
 SHAPES: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
@@ -86,43 +81,13 @@ SHAPES: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
 EXACT_CLASSES = ("fp32", "int4")
 
 
-@dataclass(frozen=True)
-class CutModel:
-    path: Path
-    manifest: Manifest
-    pieces: DirectorySink
-
-
-@dataclass(frozen=True)
-class Models:
-    """Everything lazily, once per session."""
-
-    checkpoint: Callable[[str], Path]
-    cut: Callable[..., CutModel]
-    reference: Callable[[str], torch.nn.Module]
-
-
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    root = tmp_path_factory.mktemp("models")
+def models(tmp_path_factory: pytest.TempPathFactory) -> CutModels:
+    def make(shape: str, path: Path) -> Path:
+        write, config = SHAPES[shape]
+        return write(path, **config)
 
-    @cache
-    def checkpoint(shape: str) -> Path:
-        make, config = SHAPES[shape]
-        return make(root / shape, **config)
-
-    @cache
-    def cut(shape: str, weight_format: str, fast: bool = False) -> CutModel:
-        path = checkpoint(shape)
-        chosen = numeric_class(path, weight_format, fast=fast)  # type: ignore[arg-type]
-        sink = DirectorySink(root / "pieces")
-        return CutModel(path, partition(path, sink, name=shape, numeric_class=chosen), sink)
-
-    @cache
-    def reference(shape: str) -> torch.nn.Module:
-        return AutoModelForCausalLM.from_pretrained(checkpoint(shape), dtype=torch.float32).eval()
-
-    return Models(checkpoint, cut, reference)
+    return CutModels.of(tmp_path_factory.mktemp("models"), make)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -151,20 +151,25 @@ def _default(option: Any) -> str:
     return f" Default: `{option.default}`."
 
 
-def main() -> int:
-    """Write the page, or with --check compare and exit 1 on a difference."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def write_or_check(fresh: Callable[[], str], command: str, description: str | None) -> int:
+    """The command of a generated page: write it, or with --check compare and return 1 on a difference."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("file", type=Path)
     parser.add_argument("--check", action="store_true", help="fail if the file differs")
     arguments = parser.parse_args()
-    fresh = page()
+    text = fresh()
     if not arguments.check:
-        arguments.file.write_text(fresh, encoding="utf-8")
+        arguments.file.write_text(text, encoding="utf-8")
         return 0
-    if arguments.file.exists() and arguments.file.read_text(encoding="utf-8") == fresh:
+    if arguments.file.exists() and arguments.file.read_text(encoding="utf-8") == text:
         return 0
-    print(f"out of date: {arguments.file}: run python -m ganglion.cli.reference {arguments.file}", file=sys.stderr)
+    print(f"out of date: {arguments.file}: run {command} {arguments.file}", file=sys.stderr)
     return 1
+
+
+def main() -> int:
+    """Write or check docs/cli.md."""
+    return write_or_check(page, "python -m ganglion.cli.reference", __doc__)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,18 @@ def check_finite(raw: memoryview, tensor: Weights) -> None:
     numbers = np.frombuffer(raw, kind)
     for start in range(0, numbers.size, _CHECKED):
         if ((numbers[start : start + _CHECKED] & exponent) == exponent).any():
-            raise Corrupt(f"tensor {tensor.name}: holds numbers that are not finite (NaN or infinity)")
+            raise _not_finite(tensor.name)
+
+
+def finite(name: str, floats: Floats) -> Floats:
+    """`floats` of the tensor `name`; raises Corrupt when one is not finite."""
+    if not np.isfinite(floats).all():
+        raise _not_finite(name)
+    return floats
+
+
+def _not_finite(name: str) -> Corrupt:
+    return Corrupt(f"tensor {name}: holds numbers that are not finite (NaN or infinity)")
 
 
 class Weights(Protocol):
@@ -115,10 +126,3 @@ class Weights(Protocol):
     def packed_columns(self, start: int, stop: int) -> Packed:
         """Columns start..stop (multiples of the block, or the end) in `packing`; never called without one."""
         ...
-
-
-def finite(name: str, floats: Floats) -> Floats:
-    """`floats` of the tensor `name`; raises Corrupt when one is not finite."""
-    if not np.isfinite(floats).all():
-        raise Corrupt(f"tensor {name}: holds numbers that are not finite (NaN or infinity)")
-    return floats

@@ -10,6 +10,7 @@ import pytest
 import transformers
 from checkpoints import TINY
 from family_shapes import REFUSED, ROPES, SHAPES
+from watched import Watched
 
 from ganglion.partitioner.config import Config
 from ganglion.partitioner.families import FAMILIES, family_of
@@ -70,23 +71,8 @@ def test_every_field_that_changes_numbers_is_read(family):
     """A reader looks up every field of transformers' own class, but for those of training and of tokens."""
     looked_up: set[str] = set()
 
-    class Watched(dict[str, Any]):
-        def get(self, name: str, default: Any = None) -> Any:
-            looked_up.add(name)
-            return super().get(name, default)
-
-        def __getitem__(self, name: str) -> Any:
-            looked_up.add(name)
-            return super().__getitem__(name)
-
-        def __or__(self, other: Any) -> Any:
-            return Watched(super().__or__(other))
-
-        def __ror__(self, other: Any) -> Any:
-            return Watched(dict(other) | dict(self))
-
     whole = config_class(family)(**SIZES)
-    config = Config(Watched(whole.to_dict() | {"architectures": [f"{family}ForCausalLM"]}), "config.json")
+    config = Config(Watched(whole.to_dict() | {"architectures": [f"{family}ForCausalLM"]}, looked_up), "config.json")
     family_of(config).read(config)
     fields = {name for name in vars(type(whole)).get("__annotations__", {}) if not name.startswith("_")}
     fields -= {"model_type", "attribute_map", "keys_to_ignore_at_inference", "default_theta"}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import transformers
 from mixture_shapes import REFUSED, SHAPES
+from watched import Watched
 
 from ganglion.partitioner.config import Config
 from ganglion.partitioner.families import family_of
@@ -55,24 +56,9 @@ def test_defaults_are_transformers(family):
 def test_every_field_that_changes_numbers_is_read(family):
     looked_up: set[str] = set()
 
-    class Watched(dict[str, Any]):
-        def get(self, name: str, default: Any = None) -> Any:
-            looked_up.add(name)
-            return super().get(name, default)
-
-        def __getitem__(self, name: str) -> Any:
-            looked_up.add(name)
-            return super().__getitem__(name)
-
-        def __or__(self, other: Any) -> Any:
-            return Watched(super().__or__(other))
-
-        def __ror__(self, other: Any) -> Any:
-            return Watched(dict(other) | dict(self))
-
     groups = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2} if family == "DeepseekV2" else {}
     whole = config_class(family)(**SIZES | groups | ({"use_sliding_window": True} if family == "Qwen3Moe" else {}))
-    config = Config(Watched(whole.to_dict() | {"architectures": [f"{family}ForCausalLM"]}), "config.json")
+    config = Config(Watched(whole.to_dict() | {"architectures": [f"{family}ForCausalLM"]}, looked_up), "config.json")
     family_of(config).read(config)
     fields = {name for name in vars(type(whole)).get("__annotations__", {}) if not name.startswith("_")}
     fields -= {"model_type", "attribute_map", "keys_to_ignore_at_inference", "default_theta"}
