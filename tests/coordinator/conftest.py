@@ -68,7 +68,7 @@ def make_manifest(name: str = "tiny", layers: int = 2) -> Manifest:
         return Segment(kind=kind, axis=axis, groups=groups, slots=(grouped, whole))
 
     return Manifest(
-        format_version=2,
+        format_version=3,
         name=name,
         family="llama",
         source_digest="cd" * 32,

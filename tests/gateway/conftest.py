@@ -168,7 +168,7 @@ def manifest_of(name: str, files: dict[str, bytes], *, vocab: int = 260, context
         vocab_group_rows=vocab,
     )
     return Manifest(
-        format_version=2,
+        format_version=3,
         name=name,
         family="llama",
         source_digest=nothing.digest,

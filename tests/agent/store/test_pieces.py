@@ -187,11 +187,11 @@ def tiny() -> tuple[Manifest, Plan]:
             )
         )
 
-    graphs = {f"attention/{n}": ref(f"ga{n}") for n in (0, 1, 2)} | {f"mlp/{n}": ref(f"gm{n}") for n in (0, 1, 2, 3, 4)}
-    graphs |= {f"head/{n}": ref(f"gh{n}") for n in (1, 2)}
+    graphs = {f"attention/{n}": (ref(f"ga{n}"),) for n in (0, 1, 2)} | {f"mlp/{n}": (ref(f"gm{n}"),) for n in range(5)}
+    graphs |= {f"head/{n}": (ref(f"gh{n}"),) for n in (1, 2)}
     numeric = NumericClass(format="fp32", block=0, exact=True)
     manifest = Manifest(
-        format_version=2,
+        format_version=3,
         name="tiny",
         family="llama",
         source_digest="1" * 64,

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import onnxruntime as ort
 
 from ganglion.agent.executor.graph_file import check_file, check_graph
 from ganglion.wire.errors import Corrupt, Internal, InvalidDocument
-from ganglion.wire.nouns import WEIGHTS_FILE, Manifest, NumericClass, Range, Segment, Share, Stage
+from ganglion.wire.nouns import WEIGHTS_FILE, Manifest, NumericClass, PieceRef, Range, Segment, Share, Stage
 from ganglion.wire.shares import OpenPiece, weights_size, write_weights
 
-GRAPH_FILE: Final = "graph.onnx"
 _pool_lock = threading.Lock()
 _pool_threads: int | None = None
 
@@ -51,11 +50,17 @@ def _options() -> ort.SessionOptions:
 
 @dataclass(frozen=True, slots=True)
 class LoadedSegment:
-    """A segment of this device and how many groups of it; `session` is None where there is nothing to run."""
+    """A segment of this device, how many groups of it, and its graphs' sessions in the order in which they run.
+
+    There are three where it attends on this device, and none where there is nothing to run. projected, attended:
+    numbers a row that the first leaves for the second, and the second for the third.
+    """
 
     segment: Segment
     groups: int
-    session: Any | None
+    sessions: tuple[Any, ...]
+    projected: int = 0
+    attended: int = 0
 
     @property
     def attends(self) -> bool:
@@ -118,59 +123,103 @@ def load_shard(
     parts = list(_parts(manifest, stage, share))
     total, done = sum(part.size for part in parts), 0
     loaded = []
+    loader = _Loader(manifest, open_piece)
     for part in parts:
         runs = _runs(part.name, part.segment, part.share)
-        session = _load(manifest, part, open_piece, folder / part.name) if runs else None
+        sessions = loader.load(part, folder / part.name) if runs else ()
         done += part.size
         progress(done, total)
-        loaded.append(LoadedSegment(part.segment, part.share.count, session))
+        widths = _widths(part, sessions) if len(sessions) > 1 else (0, 0)
+        loaded.append(LoadedSegment(part.segment, part.share.count, sessions, *widths))
     head = loaded.pop()
-    return Shard(tuple(loaded), head if head.session is not None else None, total)
+    return Shard(tuple(loaded), head if head.sessions else None, total)
 
 
-def _load(manifest: Manifest, part: _Part, open_piece: OpenPiece, folder: Path) -> Any:
-    name = f"{part.segment.kind}/{part.share.count}"
-    piece = manifest.graphs.get(name)
-    if piece is None:
-        raise InvalidDocument(f"manifest {manifest.name}: no graph {name!r}, which the plan needs")
-    graph = open_piece(piece.digest)
-    check_graph(graph, part.size)
-    folder.mkdir(mode=0o700, parents=True)
-    (folder / GRAPH_FILE).write_bytes(graph)
-    with (folder / WEIGHTS_FILE).open("wb") as file:
-        write_weights(part.segment, part.share, open_piece, file)
-    check_file(folder / GRAPH_FILE, len(graph))
-    check_file(folder / WEIGHTS_FILE, part.size)
-    try:
-        session = ort.InferenceSession(folder / GRAPH_FILE, _options(), providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise Corrupt(f"graph {name} of {manifest.name} does not load: {error}") from error
-    _check_ends(name, session, part, manifest.numeric_class)
-    return session
+class _Loader:
+    """Opens the graphs of parts; those without weights once for all parts that have them."""
+
+    def __init__(self, manifest: Manifest, open_piece: OpenPiece) -> None:
+        self._manifest = manifest
+        self._open_piece = open_piece
+        self._shared: dict[tuple[str, int], Any] = {}
+
+    def load(self, part: _Part, folder: Path) -> tuple[Any, ...]:
+        """The sessions of a part's graphs, its files below `folder`."""
+        name = f"{part.segment.kind}/{part.share.count}"
+        pieces, ends = self._manifest.graphs.get(name), _ends(part)
+        if pieces is None or len(pieces) != len(ends):
+            found = len(pieces or ())
+            raise InvalidDocument(
+                f"manifest {self._manifest.name}: {found} graphs {name!r}, the plan needs {len(ends)}"
+            )
+        folder.mkdir(mode=0o700, parents=True)
+        with (folder / WEIGHTS_FILE).open("wb") as file:
+            write_weights(part.segment, part.share, self._open_piece, file)
+        check_file(folder / WEIGHTS_FILE, part.size)
+        found = []
+        for number, (piece, end) in enumerate(zip(pieces, ends, strict=True)):
+            session = self._shared.get((piece.digest, number))
+            if session is None:
+                session, weighs = self._open(name, piece, folder / f"{number}.onnx", part.size)
+                if not weighs:
+                    self._shared[piece.digest, number] = session
+            _check_ends(name, session, end, self._manifest.numeric_class)
+            found.append(session)
+        return tuple(found)
+
+    def _open(self, name: str, piece: PieceRef, path: Path, weights_bytes: int) -> tuple[Any, bool]:
+        """A session, and whether it has weights in the file beside it."""
+        graph = self._open_piece(piece.digest)
+        weighs = check_graph(graph, weights_bytes)
+        path.write_bytes(graph)
+        check_file(path, len(graph))
+        try:
+            return ort.InferenceSession(path, _options(), providers=["CPUExecutionProvider"]), weighs
+        except Exception as error:
+            raise Corrupt(f"graph {name} of {self._manifest.name} does not load: {error}") from error
 
 
-def _ends(part: _Part) -> tuple[set[str], set[str]]:
-    """The inputs and outputs of a segment's graph, as `Manifest` has them."""
+_Ends = tuple[set[str], set[str]]
+
+
+def _ends(part: _Part) -> tuple[_Ends, ...]:
+    """The inputs and outputs of a segment's graphs, as `Manifest` has them."""
     segment = part.segment
     if part.name == "head":
-        return {"res", "delta"}, {"logits"}
-    inputs, outputs = {"res", "delta"}, {"res_out", "partial"}
+        return (({"res", "delta"}, {"logits"}),)
+    inputs, outputs = {"res", "delta"}, {"res_out"}
     if segment.takes == "carry":
-        inputs, outputs = {"carry", "delta"}, {"partial"}
+        inputs, outputs = {"carry", "delta"}, set()
     if part.share.count and segment.carry:
         outputs.add("carry")
-    if part.share.count and segment.attends:
-        inputs |= {"past_key", "past_value", "seqlens_k", "total"} | ({"cos", "sin"} if segment.rope else set())
-        outputs |= {"present_key", "present_value"}
-    return inputs, outputs
+    if not (part.share.count and segment.attends):
+        return ((inputs, outputs | {"partial"}),)
+    state = {"past_key", "past_value", "seqlens_k", "total"} | ({"cos", "sin"} if segment.rope else set())
+    return (
+        (inputs, outputs | {"projected"}),
+        ({"projected", *state}, {"attended", "present_key", "present_value"}),
+        ({"attended"}, {"partial"}),
+    )
 
 
-def _check_ends(name: str, session: Any, part: _Part, numeric_class: NumericClass) -> None:
+def _check_ends(name: str, session: Any, ends: _Ends, numeric_class: NumericClass) -> None:
     types = {one.name: one.type for one in (*session.get_inputs(), *session.get_outputs())}
     found = ({one.name for one in session.get_inputs()}, {one.name for one in session.get_outputs()})
-    if found != _ends(part):
+    if found != ends:
         raise Corrupt(f"graph {name}: inputs {sorted(found[0])}, outputs {sorted(found[1])} are not the contract's")
     wide = "tensor(double)" if numeric_class.exact else "tensor(float)"
     for end in ("delta", "partial"):
         if types.get(end, wide) != wide:
             raise Corrupt(f"graph {name}: {end} is {types[end]}, {numeric_class.name} takes {wide}")
+
+
+def _widths(part: _Part, sessions: Sequence[Any]) -> tuple[int, int]:
+    """Numbers a row between the graphs of a segment that attends; raises Corrupt where two do not meet."""
+    found = []
+    for before, after, end in zip(sessions, sessions[1:], ("projected", "attended"), strict=False):
+        left = next(one.shape[-1] for one in before.get_outputs() if one.name == end)
+        taken = next(one.shape[-1] for one in after.get_inputs() if one.name == end)
+        if left != taken or not isinstance(left, int):
+            raise Corrupt(f"graph {part.segment.kind}/{part.share.count}: {end} is left {left} wide and taken {taken}")
+        found.append(left)
+    return found[0], found[1]
