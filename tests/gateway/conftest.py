@@ -405,6 +405,7 @@ class Fleet:
             numeric_class=NUMERIC,
             context=manifest.geometry.context,
             sessions=4,
+            kv_tokens=4 * 8192,
             chunk=64,
             stages=(Stage(layers=Range(0, 1), shares=(share,), topology="mesh"),),
             threads={node: 1},

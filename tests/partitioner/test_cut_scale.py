@@ -193,6 +193,7 @@ def test_a_new_share_re_cuts_nothing(source, tmp_path):
             numeric_class=manifest.numeric_class,
             context=64,
             sessions=1,
+            kv_tokens=4 * 8192,
             chunk=16,
             stages=(stage,),
             threads={"a" * 26: 1, "b" * 26: 1},

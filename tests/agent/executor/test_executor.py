@@ -62,6 +62,7 @@ class Cut:
             numeric_class=self.manifest.numeric_class,
             context=context or self.manifest.geometry.context,
             sessions=sessions,
+            kv_tokens=4 * 8192,
             chunk=chunk,
             stages=(stage,),
             threads={},

@@ -228,6 +228,7 @@ def tiny() -> tuple[Manifest, Plan]:
         numeric_class=numeric,
         context=64,
         sessions=1,
+        kv_tokens=4 * 8192,
         chunk=16,
         stages=(
             Stage(
@@ -280,6 +281,7 @@ def _with(plan: Plan, stage: Stage) -> Plan:
         numeric_class=plan.numeric_class,
         context=plan.context,
         sessions=plan.sessions,
+        kv_tokens=plan.kv_tokens,
         chunk=plan.chunk,
         stages=(stage,),
         threads=plan.threads,

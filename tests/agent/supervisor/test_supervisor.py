@@ -133,6 +133,7 @@ def plan_on(node_id: str, manifest: Manifest, threads: int = 1) -> Plan:
         numeric_class=manifest.numeric_class,
         context=64,
         sessions=1,
+        kv_tokens=4 * 8192,
         chunk=16,
         stages=(Stage(layers=one, shares=(share,), topology="mesh"),),
         threads={node_id: threads},
@@ -457,6 +458,7 @@ def test_labels_of_leads_are_checked(make_node):
         numeric_class=NumericClass(format="fp32", block=0, exact=True),
         context=64,
         sessions=1,
+        kv_tokens=4 * 8192,
         chunk=16,
         stages=(
             Stage(

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ganglion.agent.executor.buffers import Delta, Rows, as_value
-from ganglion.agent.executor.kv import KeyValueLedger, SessionState, capacity_for
+from ganglion.agent.executor.kv import KeyValueLedger, SessionState
 from ganglion.agent.executor.loader import LoadedSegment, Shard
 from ganglion.wire.errors import Corrupt, Exhausted, InvalidDocument, ProtocolViolation
 from ganglion.wire.nouns import EXACT_POSITIONS, Manifest, Plan, RopeTable
@@ -59,7 +59,7 @@ class Executor:
         self._group_rows = geometry.vocab_group_rows
         self._attention = [index for index, one in enumerate(shard.segments) if one.attends]
         groups = [shard.segments[index].groups for index in self._attention]
-        budget = KeyValueLedger.bytes_per_token(groups, geometry.head_dim) * capacity_for(plan.context) * plan.sessions
+        budget = KeyValueLedger.bytes_per_token(groups, geometry.head_dim) * plan.kv_tokens
         self._ledger = KeyValueLedger(groups, geometry.head_dim, budget)
         capacity = max(plan.chunk, plan.sessions)
         self._buffers = Rows(capacity, geometry.hidden, shard.segments, exact=self._exact)

@@ -156,7 +156,7 @@ class _Loader:
         with (folder / WEIGHTS_FILE).open("wb") as file:
             write_weights(part.segment, part.share, self._open_piece, file)
         check_file(folder / WEIGHTS_FILE, part.size)
-        found = []
+        sessions = []
         for number, (piece, end) in enumerate(zip(pieces, ends, strict=True)):
             session = self._shared.get((piece.digest, number))
             if session is None:
@@ -164,8 +164,8 @@ class _Loader:
                 if not weighs:
                     self._shared[piece.digest, number] = session
             _check_ends(name, session, end, self._manifest.numeric_class)
-            found.append(session)
-        return tuple(found)
+            sessions.append(session)
+        return tuple(sessions)
 
     def _open(self, name: str, piece: PieceRef, path: Path, weights_bytes: int) -> tuple[Any, bool]:
         """A session, and whether it has weights in the file beside it."""
