@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,9 @@ from ganglion.wire.errors import (
 )
 from ganglion.wire.frames import Dtype, Expectation, Kind
 from ganglion.wire.identity import Identity, NodeKeys, Role, VerifiedRecord
-from ganglion.wire.lane import METHOD, Lane, LaneServicer, dial_lane, stale_epoch
+from ganglion.wire.lane import Lane, stale_epoch
+from ganglion.wire.lane_opening import METHOD, LaneServicer, dial_lane
+from ganglion.wire.lane_upgrade import LaneMode, Sockets
 
 DEADLINE_S = 10.0
 
@@ -38,6 +41,7 @@ class Worker:
     identity: Identity
     peers: dict[str, VerifiedRecord]
     epoch: int = 3
+    mode: LaneMode = "grpc"
     lanes: asyncio.Queue[Lane] = field(default_factory=asyncio.Queue)
 
     def accept(self, node_id: str, deployment: str, epoch: int, rank: int, own_rank: int) -> VerifiedRecord:
@@ -60,7 +64,8 @@ async def serving(worker: Worker) -> AsyncIterator[rpc.BoundServer]:
         allowed={METHOD: frozenset({Role.AGENT})},
         kind="tensor",
     )
-    LaneServicer(worker.identity, worker.accept, worker.lanes.put_nowait).add_to(bound.server)
+    sockets = Sockets(worker.mode, "127.0.0.1")
+    LaneServicer(worker.identity, worker.accept, worker.lanes.put_nowait, sockets).add_to(bound.server)
     await bound.start()
     try:
         yield bound
@@ -79,16 +84,22 @@ class Pair:
     far: Lane
 
 
-def dial(bound: rpc.BoundServer, dialler: Identity, peer: VerifiedRecord, epoch: int = 3) -> Any:
-    return dial_lane(bound.address, dialler, peer, deployment="demo", epoch=epoch, own_rank=0, peer_rank=1)
+def dial(
+    bound: rpc.BoundServer, dialler: Identity, peer: VerifiedRecord, epoch: int = 3, mode: LaneMode = "grpc"
+) -> Any:
+    sockets = Sockets(mode, "127.0.0.1")
+    return dial_lane(
+        bound.address, dialler, peer, deployment="demo", epoch=epoch, own_rank=0, peer_rank=1, sockets=sockets
+    )
 
 
-@pytest.fixture
-async def pair(world: Any) -> AsyncIterator[Pair]:
+@pytest.fixture(params=["grpc", "socket"])
+async def pair(world: Any, request: pytest.FixtureRequest) -> AsyncIterator[Pair]:
     dialler, accepter = world.node(), world.node()
-    worker = Worker(accepter, {dialler.node_id: dialler.verified})
+    worker = Worker(accepter, {dialler.node_id: dialler.verified}, mode=request.param)
     async with serving(worker) as bound, asyncio.timeout(60):
-        near = await dial(bound, dialler, accepter.verified)
+        near = await dial(bound, dialler, accepter.verified, mode=request.param)
+        assert near.medium == request.param
         far = await asyncio.wait_for(worker.lanes.get(), DEADLINE_S)
         try:
             yield Pair(bound, worker, dialler, near, far)
@@ -259,4 +270,4 @@ async def test_a_certificate_for_a_swapped_sealing_key_does_not_help(pair: Pair,
 async def test_an_address_without_anyone(world: Any) -> None:
     node = world.node()
     with pytest.raises(Unreachable, match=r"127.0.0.1:1 .*check"):
-        await dial_lane("127.0.0.1:1", node, world.node().verified, deployment="demo", epoch=1, own_rank=0, peer_rank=1)
+        await dial(SimpleNamespace(address="127.0.0.1:1"), node, world.node().verified)
