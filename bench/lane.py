@@ -102,7 +102,9 @@ def _end(
                 allowed={METHOD: frozenset({Role.AGENT})},
                 kind="tensor",
             )
-            LaneServicer(mine, lambda *_: peer.verified, lanes.put_nowait, sockets).add_to(bound.server)
+            LaneServicer(mine, lambda *_: peer.verified, lanes.put_nowait, lambda *_: None, sockets).add_to(
+                bound.server
+            )
             await bound.start()
             pipe.send(bound.address)
             lane = await asyncio.wait_for(lanes.get(), 20)

@@ -109,7 +109,7 @@ class Worker:
         loaded = await asyncio.to_thread(_Loaded, command, home, self._folder, progress)
         bound = loaded.open_port(command.bind)
         board = loaded.board
-        lanes = lane_opening.LaneServicer(loaded.identity, board.accept, board.deliver, loaded.sockets)
+        lanes = lane_opening.LaneServicer(loaded.identity, board.accept, board.deliver, board.failed, loaded.sockets)
         lanes.add_to(bound.server)
         if loaded.rank == 0:
             sessions = wire_session.SessionServicer(loaded.identity, self._accept_session, self._on_session)

@@ -58,6 +58,7 @@ class LaneBoard:
         self._awaited = {low for low, high in pairs if high == rank}
         self._records: tuple[VerifiedRecord, ...] = ()
         self._complete = asyncio.Event()
+        self._failure: GanglionError | None = None
 
     def accept(self, node_id: str, deployment: str, epoch: int, rank: int, own_rank: int) -> VerifiedRecord:
         """The record of a caller, for LaneServicer; raises Conflict, Unavailable (not told yet), PermissionDenied."""
@@ -76,6 +77,13 @@ class LaneBoard:
         self.lanes[lane.peer_rank] = lane
         log.info("the lane with rank %d is %s", lane.peer_rank, lane.medium)
         self._look()
+
+    def failed(self, rank: int, error: GanglionError) -> None:
+        """A peer's lane did not come to be, for LaneServicer; it may dial again unless the reason stays."""
+        self._reasons[rank] = error.message
+        if not isinstance(error, Unavailable):
+            self._failure = error
+            self._complete.set()
 
     def _look(self) -> None:
         if len(self.lanes) == len(self._dialled) + len(self._awaited):
@@ -109,6 +117,8 @@ class LaneBoard:
 
     async def _wait_complete(self) -> None:
         await self._complete.wait()
+        if self._failure is not None:
+            raise self._failure
 
     async def _dial(self, rank: int, peer: PeerEntry) -> None:
         if not peer.address:

@@ -77,8 +77,8 @@ LanesOption = Annotated[
     str | None,
     typer.Option(
         "--lanes",
-        help="How devices exchange: grpc, socket (nothing else), or auto: sockets on the local network, gRPC elsewhere. "
-        "Default: auto.",
+        help="How devices exchange: grpc, socket (nothing else), or auto: sockets on the local network, gRPC elsewhere."
+        " Default: auto.",
         show_default=False,
     ),
 ]

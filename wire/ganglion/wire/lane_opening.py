@@ -12,7 +12,7 @@ from ganglion.proto import lane_pb2
 from ganglion.wire import rpc
 from ganglion.wire.address import split_address
 from ganglion.wire.conversation import BROKEN, accept_conversation, open_conversation
-from ganglion.wire.errors import DeviceLost
+from ganglion.wire.errors import DeviceLost, GanglionError
 from ganglion.wire.identity import Identity, VerifiedRecord, peer_of
 from ganglion.wire.lane import CLOSE_S, Lane
 from ganglion.wire.lane_grpc import GrpcLane
@@ -90,11 +90,20 @@ class LaneServicer:
     """The accepting side: checks the caller, seals, hands the lane over, and keeps the stream until it is closed.
 
     `accept(node_id, deployment, epoch, rank, own_rank)` returns the caller's verified record, or raises: Conflict for a
-    stale epoch, PermissionDenied for a stranger. `deliver(lane)` gets each sealed lane.
+    stale epoch, PermissionDenied for a stranger. `deliver(lane)` gets each sealed lane, `failed(rank, error)` what kept
+    one that was accepted from coming to be for want of a socket.
     """
 
-    def __init__(self, identity: Identity, accept: Accept, deliver: Callable[[Lane], None], sockets: Sockets) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        accept: Accept,
+        deliver: Callable[[Lane], None],
+        failed: Callable[[int, GanglionError], None],
+        sockets: Sockets,
+    ) -> None:
         self._identity = identity
+        self._failed = failed
         self._sockets = sockets
         self._accept = accept
         self._deliver = deliver
@@ -115,8 +124,12 @@ class LaneServicer:
         conversation = await accept_conversation(
             stream, self._identity, node_id, "lane", accept, features=sockets.features
         )
-        upgraded = await sockets.accepted(stream, conversation, own)
         ranks = conversation.opening.destination, conversation.opening.source
+        try:
+            upgraded = await sockets.accepted(stream, conversation, own)
+        except GanglionError as error:
+            self._failed(ranks[1], error)
+            raise
         carrier = GrpcLane(stream, conversation, *ranks, abandon=lambda: None, shut=_nothing)
         try:
             self._deliver(_lane(carrier, upgraded))

@@ -217,8 +217,11 @@ async def _take(ticket: Ticket, conversation: Conversation, sealer: Sealer, open
         _prepare(connection)
         check_confirmation(opener, await read_exactly(connection, TAG_BYTES))
         await asyncio.get_running_loop().sock_sendall(connection, confirmation(sealer))
-    except OSError as error:
-        raise DeviceLost(f"the socket of {conversation.peer.node_id} broke: {error}") from error
+    except BaseException as error:
+        connection.close()
+        if isinstance(error, OSError):
+            raise DeviceLost(f"the socket of {conversation.peer.node_id} broke: {error}") from error
+        raise
     return Upgraded(connection, dataclasses.replace(conversation, sealer=sealer, opener=opener))
 
 
