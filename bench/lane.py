@@ -1,4 +1,4 @@
-"""One exchange over a lane between two processes, each pinned to a core: `python bench/lane.py [--exchanges N]`.
+"""One exchange over each kind of lane between two processes, each pinned to a core: `python bench/lane.py`.
 
 Both send and both receive, as in a mesh of two: the figure is the wall time of one exchange. Nothing is written.
 """
@@ -72,19 +72,24 @@ async def _exchange(lane: Any, size: int, exchanges: int) -> list[float]:
     return times
 
 
-def _end(core: int, own: bytes, other: bytes, pipe: Connection, dials: bool, sizes: list[int], exchanges: int) -> None:
+def _end(
+    core: int, own: bytes, other: bytes, pipe: Connection, dials: bool, mode: Any, sizes: list[int], exchanges: int
+) -> None:
     import uvloop
 
     from ganglion.wire.identity import Role
-    from ganglion.wire.lane import METHOD, Lane, LaneServicer, dial_lane
+    from ganglion.wire.lane import Lane
+    from ganglion.wire.lane_opening import METHOD, LaneServicer, dial_lane
+    from ganglion.wire.lane_upgrade import Sockets
 
     os.sched_setaffinity(0, {core})
-    mine, peer = _unpack(own), _unpack(other)
+    mine, peer, sockets = _unpack(own), _unpack(other), Sockets(mode, "127.0.0.1")
 
     async def run() -> None:
         if dials:
+            ranks = {"own_rank": 0, "peer_rank": 1}
             lane = await dial_lane(
-                pipe.recv(), mine, peer.verified, deployment="bench", epoch=1, own_rank=0, peer_rank=1
+                pipe.recv(), mine, peer.verified, deployment="bench", epoch=1, **ranks, sockets=sockets
             )
         else:
             lanes: asyncio.Queue[Lane] = asyncio.Queue()
@@ -97,7 +102,9 @@ def _end(core: int, own: bytes, other: bytes, pipe: Connection, dials: bool, siz
                 allowed={METHOD: frozenset({Role.AGENT})},
                 kind="tensor",
             )
-            LaneServicer(mine, lambda *_: peer.verified, lanes.put_nowait).add_to(bound.server)
+            LaneServicer(mine, lambda *_: peer.verified, lanes.put_nowait, lambda *_: None, sockets).add_to(
+                bound.server
+            )
             await bound.start()
             pipe.send(bound.address)
             lane = await asyncio.wait_for(lanes.get(), 20)
@@ -135,18 +142,14 @@ def _unpack(packed: bytes) -> Any:
     return Identity(keys, signed, owner, certificate, authority, "bench", "127.0.0.1:1")
 
 
-def main() -> None:
-    """Print p50 and p99 of an exchange of 8 KiB and 16 KiB, and the part of it that is sealing."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--exchanges", type=int, default=3000)
-    exchanges = parser.parse_args().exchanges
+def _measure(mode: str, near: bytes, far: bytes, exchanges: int) -> None:
     sizes, cores = [8 << 10, 16 << 10], sorted(os.sched_getaffinity(0))
-    near, far = (_pack(identity) for identity in _identities())
     context = multiprocessing.get_context("spawn")
     ends = [context.Pipe(), context.Pipe()]
+    what = (mode, sizes, exchanges)
     processes = [
-        context.Process(target=_end, args=(cores[0], near, far, ends[0][1], True, sizes, exchanges), daemon=True),
-        context.Process(target=_end, args=(cores[-1], far, near, ends[1][1], False, sizes, exchanges), daemon=True),
+        context.Process(target=_end, args=(cores[0], near, far, ends[0][1], True, *what), daemon=True),
+        context.Process(target=_end, args=(cores[-1], far, near, ends[1][1], False, *what), daemon=True),
     ]
     for process in processes:
         process.start()
@@ -156,9 +159,22 @@ def main() -> None:
             raise SystemExit("no answer from the dialling end")
         size, times, sealing_s = ends[0][0].recv()
         p50, p99 = times[len(times) // 2] * 1e6, times[len(times) * 99 // 100] * 1e6
-        print(f"{size >> 10:3d} KiB  p50 {p50:6.0f} µs  p99 {p99:6.0f} µs  sealing {sealing_s * 1e6:4.1f} µs")
+        figures = f"p50 {p50:6.0f} µs  p99 {p99:6.0f} µs  sealing {sealing_s * 1e6:4.1f} µs"
+        print(f"{mode:6}  {size >> 10:3d} KiB  {figures}")
     for process in processes:
         process.join(30)
+
+
+def main() -> None:
+    """Print p50 and p99 of an exchange of 8 KiB and 16 KiB, and the part of it that is sealing, kinds alternating."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--exchanges", type=int, default=3000)
+    parser.add_argument("--rounds", type=int, default=2)
+    chosen = parser.parse_args()
+    near, far = (_pack(identity) for identity in _identities())
+    for _ in range(chosen.rounds):
+        for mode in ("grpc", "socket"):
+            _measure(mode, near, far, chosen.exchanges)
 
 
 if __name__ == "__main__":

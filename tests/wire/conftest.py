@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from lane_pair import Pair, lane_pair
 
 from ganglion.wire.certificates import certificate_names
 from ganglion.wire.identity import Identity, NodeKeys, OwnerKey, Role, TrustLabel, make_record
@@ -79,3 +81,11 @@ def world() -> World:
 @pytest.fixture(scope="session")
 def make_world() -> Callable[[], World]:
     return World
+
+
+@pytest.fixture(params=["grpc", "socket"])
+async def pair(world: Any, request: pytest.FixtureRequest) -> AsyncIterator[Pair]:
+    """A lane of each kind."""
+    async with lane_pair(world, request.param, request.param) as made:
+        assert (made.near.medium, made.far.medium) == (request.param, request.param)
+        yield made

@@ -23,6 +23,7 @@ from ganglion.wire.frames import (
     Header,
     Kind,
     check,
+    check_carried,
     message_header,
     numpy_dtype,
     parse,
@@ -45,13 +46,20 @@ def tensor(rows: int, columns: int, dtype: Dtype = Dtype.F64, step: int = 5, exc
     return frame(tensor_header(Kind.PARTIAL, ENDS, step, exchange, array), array.nbytes)
 
 
+def whole(message: bytes, expected: Expectation, ends: Ends = ENDS) -> Header:
+    """A message that came as one piece: its header, then whether it carries what that declares."""
+    header = check(message[:HEADER_BYTES], expected, ends)
+    check_carried(header.payload_bytes, len(message))
+    return header
+
+
 def expectation(rows: int, columns: int, dtype: Dtype = Dtype.F64) -> Expectation:
     return Expectation(Kind.PARTIAL, 5, 3, dtype, rows, columns)
 
 
 @given(st.sampled_from(TENSORS), st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**64 - 1))
 def test_parse_of_pack_is_the_same(dtype: Dtype, rows: int, columns: int, step: int) -> None:
-    found = check(tensor(rows, columns, dtype, step), Expectation(Kind.PARTIAL, step, 3, dtype, rows, columns), ENDS)
+    found = whole(tensor(rows, columns, dtype, step), Expectation(Kind.PARTIAL, step, 3, dtype, rows, columns))
     size = rows * columns * numpy_dtype(dtype).itemsize
     assert found == Header(Kind.PARTIAL, dtype, ENDS, step, 3, rows, columns, size)
 
@@ -91,14 +99,14 @@ def test_A2_A3_any_cut_or_flipped_header_bit_is_refused(data: st.DataObject) -> 
         flipped[bit // 8] ^= 1 << bit % 8
         changed = bytes(flipped)
     with pytest.raises(ProtocolViolation):
-        check(changed, expectation(4, 8), ENDS)
+        whole(changed, expectation(4, 8))
 
 
 @given(st.binary(max_size=300))
 def test_A13_random_bytes_raise_only_the_error_of_the_contract(content: bytes) -> None:
     for message in (content, b"G\x01" + content):
         with pytest.raises(ProtocolViolation):
-            check(message, expectation(1, 1), ENDS)
+            whole(message, expectation(1, 1))
 
 
 _RAW = struct.Struct("<2sBBHHQQIIII")
@@ -122,10 +130,12 @@ def test_A6_a_shape_that_is_not_its_payload_is_refused_before_allocation(
     tracemalloc.start()
     try:
         if fits:
-            assert parse(message, ENDS).payload_bytes == carried
+            header = parse(message, ENDS)
+            check_carried(header.payload_bytes, len(message))
+            assert header.payload_bytes == carried
         else:
             with pytest.raises(ProtocolViolation):
-                parse(message, ENDS)
+                check_carried(parse(message, ENDS).payload_bytes, len(message))
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
@@ -170,6 +180,17 @@ def test_A8_a_message_may_not_be_larger_than_asked() -> None:
     assert check(message, Expectation(Kind.CANDIDATES, 5, columns=100), ENDS).payload_bytes == 100
     with pytest.raises(ProtocolViolation, match="100 bytes, at most 99"):
         check(message, Expectation(Kind.CANDIDATES, 5, columns=99), ENDS)
+
+
+def test_A8_a_size_beyond_one_frame_is_refused_by_the_header_alone() -> None:
+    for columns in (PAYLOAD_BYTES + 1, 2**32 - 1):
+        header = _RAW.pack(b"G\x01", Kind.PARTIAL, Dtype.U8, 1, 2, 7, 5, 3, 1, columns, columns)
+        with pytest.raises(ProtocolViolation, match=f"at most {PAYLOAD_BYTES}"):
+            check(header, expectation(1, columns, Dtype.U8), ENDS)
+
+
+def test_an_expected_header_is_the_one_that_is_sent() -> None:
+    assert expectation(4, 8).pack(ENDS) == tensor(4, 8)[:HEADER_BYTES]
 
 
 def test_a_peer_may_always_end_the_lane_and_only_with_a_message() -> None:

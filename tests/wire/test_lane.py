@@ -1,19 +1,17 @@
-"""Lanes over real mutual TLS on loopback: both ends in one process."""
+"""Lanes of both kinds over real mutual TLS on loopback: both ends in one process."""
 
 # ruff: noqa: N802 - test names carry the case ids of shared/notes/faults.md
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from lane_pair import DEADLINE_S, Pair, dial
 
-from ganglion.wire import rpc
 from ganglion.wire.errors import (
     Conflict,
     DeviceLost,
@@ -25,75 +23,8 @@ from ganglion.wire.errors import (
     Unreachable,
 )
 from ganglion.wire.frames import Dtype, Expectation, Kind
-from ganglion.wire.identity import Identity, NodeKeys, Role, VerifiedRecord
-from ganglion.wire.lane import METHOD, Lane, LaneServicer, dial_lane, stale_epoch
-
-DEADLINE_S = 10.0
-
-
-@dataclass
-class Worker:
-    """The accepting side, as a worker has it: knows its peers and its epoch."""
-
-    identity: Identity
-    peers: dict[str, VerifiedRecord]
-    epoch: int = 3
-    lanes: asyncio.Queue[Lane] = field(default_factory=asyncio.Queue)
-
-    def accept(self, node_id: str, deployment: str, epoch: int, rank: int, own_rank: int) -> VerifiedRecord:
-        assert (deployment, rank, own_rank) == ("demo", 0, 1)
-        if epoch != self.epoch:
-            raise stale_epoch(deployment, epoch, self.epoch)
-        if node_id not in self.peers:
-            raise PermissionDenied("no device of this plan")
-        return self.peers[node_id]
-
-
-@contextlib.asynccontextmanager
-async def serving(worker: Worker) -> AsyncIterator[rpc.BoundServer]:
-    bound = rpc.server(
-        worker.identity,
-        bind="127.0.0.1",
-        port=0,
-        what="the lane port",
-        knob="--bind",
-        allowed={METHOD: frozenset({Role.AGENT})},
-        kind="tensor",
-    )
-    LaneServicer(worker.identity, worker.accept, worker.lanes.put_nowait).add_to(bound.server)
-    await bound.start()
-    try:
-        yield bound
-    finally:
-        await bound.stop()
-
-
-@dataclass
-class Pair:
-    """A sealed lane, both ends."""
-
-    bound: rpc.BoundServer
-    worker: Worker
-    dialler: Identity
-    near: Lane
-    far: Lane
-
-
-def dial(bound: rpc.BoundServer, dialler: Identity, peer: VerifiedRecord, epoch: int = 3) -> Any:
-    return dial_lane(bound.address, dialler, peer, deployment="demo", epoch=epoch, own_rank=0, peer_rank=1)
-
-
-@pytest.fixture
-async def pair(world: Any) -> AsyncIterator[Pair]:
-    dialler, accepter = world.node(), world.node()
-    worker = Worker(accepter, {dialler.node_id: dialler.verified})
-    async with serving(worker) as bound, asyncio.timeout(60):
-        near = await dial(bound, dialler, accepter.verified)
-        far = await asyncio.wait_for(worker.lanes.get(), DEADLINE_S)
-        try:
-            yield Pair(bound, worker, dialler, near, far)
-        finally:
-            await asyncio.gather(near.close(), far.close())
+from ganglion.wire.identity import NodeKeys, Role
+from ganglion.wire.lane import Lane
 
 
 async def test_tensors_and_messages_both_ways(pair: Pair) -> None:
@@ -149,20 +80,31 @@ async def test_A7_a_larger_tensor_than_the_step_says(pair: Pair, side: str) -> N
         await lane.send_message(Kind.STEP, 2, b"")
 
 
+class Flipping:
+    """Stands before a stream or socket and flips the last bit of what is sent."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.flipped = 0
+
+    def _flip(self, message: bytes) -> bytes:
+        self.flipped += 1
+        return bytes(message[:-1]) + bytes([message[-1] ^ 1])
+
+    async def write(self, message: bytes) -> None:
+        await self._inner.write(self._flip(message))
+
+    def send(self, message: bytes) -> int:
+        return self._inner.send(self._flip(message))
+
+
 async def test_A3_one_flipped_bit_on_the_way_ends_the_lane(pair: Pair) -> None:
-    inner = pair.near._stream
-
-    class Flipping:
-        flipped = 0
-
-        async def write(self, message: bytes) -> None:
-            self.flipped += 1
-            await inner.write(message[:-1] + bytes([message[-1] ^ 1]))
-
-    flipping = Flipping()
-    pair.near._stream = flipping  # type: ignore[assignment]
+    way = "_stream" if pair.near.medium == "grpc" else "_socket"
+    inner = getattr(pair.near, way)
+    flipping = Flipping(inner)
+    setattr(pair.near, way, flipping)
     await pair.near.send_message(Kind.STEP, 1, b"step")
-    pair.near._stream = inner
+    setattr(pair.near, way, inner)
     with pytest.raises(ProtocolViolation, match="does not open"):
         await pair.far.receive_any()
     assert flipping.flipped == 1
@@ -196,10 +138,15 @@ async def test_close_is_returned_where_it_is_wanted(pair: Pair) -> None:
     await closing
 
 
+def call_of(lane: Any) -> Any:
+    """The gRPC call of the dialling end: a socket ends with the call that it was agreed on in."""
+    return lane._stream if lane.medium == "grpc" else lane._carrier._stream
+
+
 async def test_D1_a_broken_stream_surfaces_at_once_at_the_accepting_end(pair: Pair) -> None:
     waiting = asyncio.create_task(pair.far.receive(Expectation(Kind.STEP, 1)))
     await asyncio.sleep(0)
-    pair.near._stream.cancel()  # type: ignore[attr-defined]
+    call_of(pair.near).cancel()
     with pytest.raises(DeviceLost):
         await asyncio.wait_for(waiting, DEADLINE_S)
     await asyncio.wait_for(pair.far.wait_closed(), DEADLINE_S)
@@ -259,4 +206,4 @@ async def test_a_certificate_for_a_swapped_sealing_key_does_not_help(pair: Pair,
 async def test_an_address_without_anyone(world: Any) -> None:
     node = world.node()
     with pytest.raises(Unreachable, match=r"127.0.0.1:1 .*check"):
-        await dial_lane("127.0.0.1:1", node, world.node().verified, deployment="demo", epoch=1, own_rank=0, peer_rank=1)
+        await dial(SimpleNamespace(address="127.0.0.1:1"), node, world.node().verified)

@@ -12,6 +12,7 @@ from typing import Final
 import msgspec
 
 from ganglion.wire.errors import ErrorBody
+from ganglion.wire.lane_upgrade import LaneMode
 
 # steps finished u64, sessions u64, key-value bytes u64, longest announced run in seconds f64 (0 when idle)
 BEAT: Final = struct.Struct("<QQQd")
@@ -36,6 +37,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
     node_id: str
     bind: str
     beat_path: str
+    lanes: LaneMode = "auto"
 
 
 class Connect(msgspec.Struct, frozen=True, kw_only=True, tag="connect"):

@@ -58,6 +58,7 @@ from ganglion.wire.address import join_address
 from ganglion.wire.errors import GanglionError, Internal
 from ganglion.wire.home import Home
 from ganglion.wire.identity import Identity
+from ganglion.wire.lane_upgrade import LaneMode
 from ganglion.wire.limits import HEARTBEAT_ACTIVE_S, HEARTBEAT_IDLE_S
 from ganglion.wire.nouns import DeviceProfile
 
@@ -87,6 +88,7 @@ async def run_agent(
     store_budget_bytes: int = 0,
     piece_port: int = 0,
     bandwidth_bytes_per_s: int = 0,
+    lanes: LaneMode = "auto",
     ready: Callable[[AgentReady], None] | None = None,
     probe: Prober = probe_device,
     worker_module: str = WORKER_MODULE,
@@ -94,9 +96,9 @@ async def run_agent(
     """Be a device until cancelled; then workers end, the coordinator is told, and nothing is left behind.
 
     `bind`: for pieces, lanes and sessions. `threads`, `memory_budget_bytes`, `store_budget_bytes`, `piece_port`: 0
-    leaves the choice to the agent. `bandwidth_bytes_per_s`: of pieces, each way; 0: no limit. Raises Conflict (home
-    or port in use), NotFound (not enrolled), PermissionDenied and Unauthenticated (shut out by the coordinator). A
-    coordinator that is not there is waited for.
+    leaves the choice to the agent. `bandwidth_bytes_per_s`: of pieces, each way; 0: no limit. `lanes`: which of
+    them may be sockets. Raises Conflict (home or port in use), NotFound (not enrolled), PermissionDenied and
+    Unauthenticated (shut out by the coordinator). A coordinator that is not there is waited for.
     """
     identity = Identity.load(home.identity)
     with home.lock():
@@ -125,6 +127,7 @@ async def run_agent(
             store=store,
             profile=profile,
             bind=bind,
+            lanes=lanes,
             piece_port=server.port,
             throttle=Throttle(bandwidth_bytes_per_s),
             ready=ready,
@@ -159,6 +162,7 @@ class Supervisor:
         store: PieceStore,
         profile: DeviceProfile,
         bind: str,
+        lanes: LaneMode,
         piece_port: int,
         throttle: Throttle,
         ready: Callable[[AgentReady], None] | None,
@@ -166,6 +170,7 @@ class Supervisor:
         worker_module: str,
     ) -> None:
         self._home, self._identity, self._store, self._bind = home, identity, store, bind
+        self._lanes: LaneMode = lanes
         self._throttle = throttle
         self._ready = ready
         self._worker_module = worker_module
@@ -392,6 +397,7 @@ class Supervisor:
             node_id=self._identity.node_id,
             bind=self._bind,
             beat_path=str(beat),
+            lanes=self._lanes,
         )
         try:
             worker = await WorkerProcess.spawn(

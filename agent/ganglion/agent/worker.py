@@ -45,8 +45,7 @@ from ganglion.agent.worker_follow import Follower
 from ganglion.agent.worker_lanes import LaneBoard, verified
 from ganglion.agent.worker_stage import StageRunner, vocab_shares
 from ganglion.proto import lane_pb2
-from ganglion.wire import lane as wire_lane
-from ganglion.wire import rpc
+from ganglion.wire import lane_opening, rpc
 from ganglion.wire import session as wire_session
 from ganglion.wire.certificates import Role
 from ganglion.wire.errors import (
@@ -63,6 +62,8 @@ from ganglion.wire.errors import (
 from ganglion.wire.frames import Kind
 from ganglion.wire.home import Home
 from ganglion.wire.identity import Identity, VerifiedRecord
+from ganglion.wire.lane import stale_epoch
+from ganglion.wire.lane_upgrade import Sockets
 from ganglion.wire.limits import MANIFEST_BYTES, NAME_PATTERN, PLAN_BYTES
 from ganglion.wire.nouns import Manifest, Plan, Share, Stage, digest, from_json
 
@@ -107,7 +108,8 @@ class Worker:
 
         loaded = await asyncio.to_thread(_Loaded, command, home, self._folder, progress)
         bound = loaded.open_port(command.bind)
-        lanes = wire_lane.LaneServicer(loaded.identity, loaded.board.accept, loaded.board.deliver)
+        board = loaded.board
+        lanes = lane_opening.LaneServicer(loaded.identity, board.accept, board.deliver, board.failed, loaded.sockets)
         lanes.add_to(bound.server)
         if loaded.rank == 0:
             sessions = wire_session.SessionServicer(loaded.identity, self._accept_session, self._on_session)
@@ -160,7 +162,7 @@ class Worker:
         if loaded is None or self._lead is None:
             raise Unavailable("the deployment is not connected yet; try again")
         if (deployment, epoch) != (loaded.deployment, loaded.epoch):
-            raise wire_lane.stale_epoch(deployment, epoch, loaded.epoch)
+            raise stale_epoch(deployment, epoch, loaded.epoch)
         record = self._gateways.get(node_id)
         if record is None:
             raise PermissionDenied(f"{node_id} is not a gateway of this deployment")
@@ -262,11 +264,12 @@ class _Loaded:
         self.embedding = EmbeddingTable(self.manifest, store.open) if self.rank == 0 else None
         self.grammars = Grammars(self.manifest, store.open)
         self.beat = Beat(Path(command.beat_path))
-        self.board = LaneBoard(self.identity, self.deployment, self.epoch, self.plan, self.rank)
+        self.sockets = Sockets(command.lanes, command.bind)
+        self.board = LaneBoard(self.identity, self.deployment, self.epoch, self.plan, self.rank, sockets=self.sockets)
 
     def open_port(self, bind: str) -> rpc.BoundServer:
         """A server for lanes and sessions on any free port; to be called on the event loop."""
-        allowed = {wire_lane.METHOD: frozenset({Role.AGENT}), wire_session.METHOD: frozenset({Role.GATEWAY})}
+        allowed = {lane_opening.METHOD: frozenset({Role.AGENT}), wire_session.METHOD: frozenset({Role.GATEWAY})}
         self.server = rpc.server(
             self.identity, bind=bind, port=0, what="the worker's port", knob="--bind", allowed=allowed, kind="tensor"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from typing import Final
 
@@ -14,9 +15,13 @@ from ganglion.proto import identity_pb2
 from ganglion.wire.certificates import Role
 from ganglion.wire.errors import GanglionError, InvalidDocument, PermissionDenied, Unavailable, Unreachable
 from ganglion.wire.identity import Identity, VerifiedRecord, verify_record
-from ganglion.wire.lane import Lane, dial_lane, stale_epoch
+from ganglion.wire.lane import Lane, stale_epoch
+from ganglion.wire.lane_opening import dial_lane
+from ganglion.wire.lane_upgrade import Sockets
 from ganglion.wire.limits import CONNECT_S
 from ganglion.wire.nouns import Plan
+
+log = logging.getLogger(__name__)
 
 _RETRY_S: Final = 0.05
 
@@ -36,7 +41,9 @@ def verified(entry: PeerEntry, owner_public_key: bytes, role: Role) -> VerifiedR
 class LaneBoard:
     """The lanes of one worker and epoch: dials the peers of higher rank, takes those of lower rank as they come."""
 
-    def __init__(self, identity: Identity, deployment: str, epoch: int, plan: Plan, rank: int) -> None:
+    def __init__(
+        self, identity: Identity, deployment: str, epoch: int, plan: Plan, rank: int, *, sockets: Sockets
+    ) -> None:
         pairs = lane_pairs(plan)
         self.lanes: dict[int, Lane] = {}
         self.names: tuple[str, ...] = ()
@@ -45,10 +52,13 @@ class LaneBoard:
         self._epoch = epoch
         self._plan = plan
         self._rank = rank
+        self._sockets = sockets
+        self._reasons: dict[int, str] = {}  # of the last try
         self._dialled = sorted(high for low, high in pairs if low == rank)
         self._awaited = {low for low, high in pairs if high == rank}
         self._records: tuple[VerifiedRecord, ...] = ()
         self._complete = asyncio.Event()
+        self._failure: GanglionError | None = None
 
     def accept(self, node_id: str, deployment: str, epoch: int, rank: int, own_rank: int) -> VerifiedRecord:
         """The record of a caller, for LaneServicer; raises Conflict, Unavailable (not told yet), PermissionDenied."""
@@ -65,7 +75,15 @@ class LaneBoard:
     def deliver(self, lane: Lane) -> None:
         """Take a sealed lane, for LaneServicer."""
         self.lanes[lane.peer_rank] = lane
+        log.info("the lane with rank %d is %s", lane.peer_rank, lane.medium)
         self._look()
+
+    def failed(self, rank: int, error: GanglionError) -> None:
+        """A peer's lane did not come to be, for LaneServicer; it may dial again unless the reason stays."""
+        self._reasons[rank] = error.message
+        if not isinstance(error, Unavailable):
+            self._failure = error
+            self._complete.set()
 
     def _look(self) -> None:
         if len(self.lanes) == len(self._dialled) + len(self._awaited):
@@ -88,16 +106,19 @@ class LaneBoard:
                     group.create_task(self._dial(rank, peers[rank]))
                 group.create_task(self._wait_complete())
         except TimeoutError:
-            missing = [self.names[rank] for rank in (*self._dialled, *self._awaited) if rank not in self.lanes]
+            missing = [rank for rank in (*self._dialled, *self._awaited) if rank not in self.lanes]
+            reasons = "".join(f" ({self._reasons[rank]})" for rank in missing if rank in self._reasons)
             raise Unreachable(
-                f"no lane with {', '.join(missing)} within {2 * CONNECT_S:.0f} s; check that the devices can reach each"
-                " other's worker ports (firewall, --bind)"
+                f"no lane with {', '.join(self.names[rank] for rank in missing)} within {2 * CONNECT_S:.0f} s{reasons};"
+                " check that the devices can reach each other's worker ports (firewall, --bind)"
             ) from None
         except ExceptionGroup as group_error:
             raise _first(group_error) from group_error
 
     async def _wait_complete(self) -> None:
         await self._complete.wait()
+        if self._failure is not None:
+            raise self._failure
 
     async def _dial(self, rank: int, peer: PeerEntry) -> None:
         if not peer.address:
@@ -112,8 +133,10 @@ class LaneBoard:
                     epoch=self._epoch,
                     own_rank=self._rank,
                     peer_rank=rank,
+                    sockets=self._sockets,
                 )
-            except Unavailable:  # the peer has not been told of us yet, or does not listen yet; the timeout ends this
+            except Unavailable as error:  # not told of us yet, or does not listen yet; the timeout ends this
+                self._reasons[rank] = error.message
                 await asyncio.sleep(_RETRY_S)
                 continue
             self.deliver(lane)
@@ -121,6 +144,7 @@ class LaneBoard:
 
     async def close(self) -> None:
         """Close every lane."""
+        self._sockets.close()
         await asyncio.gather(*(lane.close() for lane in self.lanes.values()))
 
 

@@ -17,6 +17,7 @@ from ganglion.cli.options import (
     HomeOption,
     HostOption,
     JsonOption,
+    LanesOption,
     MemoryOption,
     PortOption,
     StoreOption,
@@ -46,6 +47,7 @@ async def up(
     threads: ThreadsOption = None,
     memory: MemoryOption = None,
     store: StoreOption = None,
+    lanes: LanesOption = None,
     name: Annotated[
         str | None, typer.Option("--name", help="Name of this device. Default: the host name.", show_default=False)
     ] = None,
@@ -64,7 +66,7 @@ async def up(
     root = root_of(home)
     chosen = settings.load(
         root, os.environ, host=host, port=port, bind=bind, enrolment_port=enrolment_port,
-        fleet_port=fleet_port, threads=threads, memory=memory, store=store,
+        fleet_port=fleet_port, threads=threads, memory=memory, store=store, lanes=lanes,
     )  # fmt: skip
     name = name or device_name()
     if detach:

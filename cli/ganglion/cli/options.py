@@ -73,6 +73,15 @@ PiecePortOption = Annotated[
     int | None,
     typer.Option("--piece-port", help="Port that serves pieces. Default: any free one.", show_default=False),
 ]
+LanesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--lanes",
+        help="How devices exchange: grpc, socket (nothing else), or auto: sockets on the local network, gRPC elsewhere."
+        " Default: auto.",
+        show_default=False,
+    ),
+]
 ReadyFileOption = Annotated[
     Path | None,
     typer.Option("--ready-file", help="Write a JSON with pid and addresses here once ready.", show_default=False),

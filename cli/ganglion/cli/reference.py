@@ -72,6 +72,7 @@ SETTING_NOTES: Final = {
     "store": "no limit",
     "bandwidth": "no limit; at least `64KiB/s`",
     "piece_port": "any free one",
+    "lanes": "`auto`, `grpc` or `socket`: how devices exchange while they compute",
 }
 
 

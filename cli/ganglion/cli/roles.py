@@ -19,6 +19,7 @@ from ganglion.cli.options import (
     FleetPortOption,
     HomeOption,
     HostOption,
+    LanesOption,
     MemoryOption,
     PiecePortOption,
     PortOption,
@@ -112,6 +113,7 @@ async def serve_agent(
     store: StoreOption = None,
     bandwidth: BandwidthOption = None,
     piece_port: PiecePortOption = None,
+    lanes: LanesOption = None,
     ready_file: ReadyFileOption = None,
     with_parent: WithParentOption = False,
     home: HomeOption = None,
@@ -132,6 +134,7 @@ async def serve_agent(
         store=store,
         bandwidth=bandwidth,
         piece_port=piece_port,
+        lanes=lanes,
     )
     decoded = JoinToken.decode(token) if token else None
     _begin(with_parent)
@@ -179,6 +182,7 @@ async def join(
     store: StoreOption = None,
     bandwidth: BandwidthOption = None,
     piece_port: PiecePortOption = None,
+    lanes: LanesOption = None,
     ready_file: ReadyFileOption = None,
     with_parent: WithParentOption = False,
     home: HomeOption = None,
@@ -199,6 +203,7 @@ async def join(
         store=store,
         bandwidth=bandwidth,
         piece_port=piece_port,
+        lanes=lanes,
     )
     decoded = JoinToken.decode(token) if token else None
     _begin(with_parent, quiet=sys.stderr.isatty())

@@ -76,6 +76,7 @@ async def agent(root: Path, enrolled: Enrolled, chosen: Settings, *, ready_file:
             store_budget_bytes=chosen.store or 0,
             piece_port=chosen.piece_port,
             bandwidth_bytes_per_s=chosen.bandwidth or 0,
+            lanes=chosen.lanes,
             ready=ready,
         )
 

@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -67,6 +67,7 @@ class Settings(BaseModel):
     store: Size | None = None
     bandwidth: Rate | None = None
     piece_port: Port = 0
+    lanes: Literal["auto", "grpc", "socket"] = "auto"
 
 
 def load(root: Path, environment: Mapping[str, str], **flags: Any) -> Settings:

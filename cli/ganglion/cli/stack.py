@@ -115,7 +115,7 @@ class Stack:
 
     def _agent_arguments(self) -> list[str]:
         chosen = self.chosen
-        arguments = [*self._common(), "--name", self.name, "--bind", chosen.bind]
+        arguments = [*self._common(), "--name", self.name, "--bind", chosen.bind, "--lanes", chosen.lanes]
         if chosen.threads is not None:
             arguments += ["--threads", str(chosen.threads)]
         if chosen.memory is not None:

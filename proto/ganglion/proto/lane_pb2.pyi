@@ -36,6 +36,28 @@ class Opening(_message.Message):
     handshake: bytes
     def __init__(self, deployment: _Optional[str] = ..., epoch: _Optional[int] = ..., source: _Optional[int] = ..., destination: _Optional[int] = ..., handshake: _Optional[bytes] = ...) -> None: ...
 
+class SocketWish(_message.Message):
+    __slots__ = ("wanted",)
+    WANTED_FIELD_NUMBER: _ClassVar[int]
+    wanted: bool
+    def __init__(self, wanted: bool = ...) -> None: ...
+
+class SocketOffer(_message.Message):
+    __slots__ = ("port", "ticket", "secret")
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    SECRET_FIELD_NUMBER: _ClassVar[int]
+    port: int
+    ticket: bytes
+    secret: bytes
+    def __init__(self, port: _Optional[int] = ..., ticket: _Optional[bytes] = ..., secret: _Optional[bytes] = ...) -> None: ...
+
+class SocketResult(_message.Message):
+    __slots__ = ("refused",)
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    refused: str
+    def __init__(self, refused: _Optional[str] = ...) -> None: ...
+
 class Step(_message.Message):
     __slots__ = ("step", "entries", "closed", "put_back")
     STEP_FIELD_NUMBER: _ClassVar[int]

@@ -178,6 +178,7 @@ async def cluster(tmp_path: Path, world: Any) -> AsyncIterator[Callable[..., Any
         context: int = 128,
         sessions: int = 2,
         chunk: int = 16,
+        lanes: str | Sequence[str] = "grpc",
         change: Callable[[Plan], Plan] = lambda plan: plan,
     ) -> Cluster:
         count = sum(len(stage) for stage in layout)
@@ -224,6 +225,7 @@ async def cluster(tmp_path: Path, world: Any) -> AsyncIterator[Callable[..., Any
                     node_id=identity.node_id,
                     bind="127.0.0.1",
                     beat_path=str(beats[-1]),
+                    lanes=lanes if isinstance(lanes, str) else lanes[rank],
                 )
             )
         ports = [events[rank][-1].port for rank in range(count)]

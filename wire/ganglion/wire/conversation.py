@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -98,14 +98,23 @@ def _parse_hello(payload: bytes) -> identity_pb2.Hello:
 
 
 async def open_conversation(
-    stream: Stream, identity: Identity, peer: VerifiedRecord, purpose: str, opening: lane_pb2.Opening
+    stream: Stream,
+    identity: Identity,
+    peer: VerifiedRecord,
+    purpose: str,
+    opening: lane_pb2.Opening,
+    *,
+    features: Sequence[str] = (),
 ) -> Conversation:
-    """The dialling side. `opening`: all but the handshake. Raises Unauthenticated, DeviceLost, ProtocolViolation."""
+    """The dialling side. `opening`: all but the handshake. `features`: for our Hello.
+
+    Raises Unauthenticated, DeviceLost, ProtocolViolation.
+    """
     prologue = make_prologue(purpose, opening.deployment, opening.epoch, identity.node_id, peer.node_id)
     handshake = Initiator(identity.keys.sealing_private_key, peer.sealing_public_key, prologue)
     first = lane_pb2.Opening()
     first.CopyFrom(opening)
-    first.handshake = handshake.start(hello().SerializeToString())
+    first.handshake = handshake.start(hello(features=features).SerializeToString())
     try:
         async with asyncio.timeout(FIRST_FRAME_S):
             # A refusal may end the stream before the opening is written: the read says why, the write could not.
@@ -125,6 +134,8 @@ async def accept_conversation(
     node_id: str,
     purpose: str,
     accept: Callable[[lane_pb2.Opening], VerifiedRecord],
+    *,
+    features: Sequence[str] = (),
 ) -> Conversation:
     """The accepting side. `node_id`: the caller's, by its certificate. `accept` gives its record or raises a refusal.
 
@@ -148,7 +159,7 @@ async def accept_conversation(
             peer.sealing_public_key,
             prologue,
             opening.handshake,
-            hello().SerializeToString(),
+            hello(features=features).SerializeToString(),
         )
         greeting = _parse_hello(payload)
         async with asyncio.timeout(HANDSHAKE_S):

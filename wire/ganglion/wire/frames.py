@@ -126,6 +126,10 @@ class Expectation(NamedTuple):
         size = self.rows * self.columns * _NUMPY[self.dtype].itemsize
         return Header(self.kind, self.dtype, ends, self.step, self.exchange, self.rows, self.columns, size)
 
+    def pack(self, ends: Ends) -> bytes:
+        """That header as it travels: what comes bit for bit like it need not be parsed."""
+        return self.header(ends).pack()
+
 
 def wire_dtype(dtype: np.dtype[np.generic] | type[np.generic]) -> Dtype:
     """The code of a numpy dtype; raises Internal for one that no frame carries (byte-swapped, object, float128)."""
@@ -164,14 +168,14 @@ def message_header(kind: Kind, ends: Ends, step: int, exchange: int, size: int) 
     return Header(kind, Dtype.BYTES, ends, step, exchange, 0, 0, size).pack()
 
 
-def parse(message: bytes, ends: Ends) -> Header:
-    """Header of a received frame, checked against itself, its size and the lane's ends; nothing is decrypted.
+def parse(packed: bytes, ends: Ends) -> Header:
+    """Header of a received frame, checked against itself and the lane's ends; nothing is decrypted or allocated.
 
     Raises ProtocolViolation naming the field. A frame of another epoch is fenced here.
     """
-    if len(message) < OVERHEAD_BYTES:
-        raise ProtocolViolation(f"a frame of {len(message)} bytes, expected at least {OVERHEAD_BYTES}")
-    magic, kind, dtype, source, destination, epoch, step, exchange, rows, columns, size = _HEADER.unpack_from(message)
+    if len(packed) < HEADER_BYTES:
+        raise ProtocolViolation(f"a frame of {len(packed)} bytes, expected at least {OVERHEAD_BYTES}")
+    magic, kind, dtype, source, destination, epoch, step, exchange, rows, columns, size = _HEADER.unpack_from(packed)
     if magic != MAGIC:
         raise ProtocolViolation(f"a frame that begins with {magic!r}, expected {MAGIC!r}")
     if kind not in _KINDS:
@@ -183,20 +187,28 @@ def parse(message: bytes, ends: Ends) -> Header:
             f"a frame of epoch {epoch} from rank {source} to {destination}, "
             f"expected epoch {ends.epoch} from rank {ends.source} to {ends.destination}"
         )
-    if size != len(message) - OVERHEAD_BYTES:
-        raise ProtocolViolation(f"a frame that declares {size} bytes and carries {len(message) - OVERHEAD_BYTES}")
+    if size > PAYLOAD_BYTES:
+        raise ProtocolViolation(f"a frame that declares {size} bytes, at most {PAYLOAD_BYTES}")
     described = 0 if dtype == Dtype.BYTES else rows * columns * _NUMPY[Dtype(dtype)].itemsize
     if (rows or columns) if dtype == Dtype.BYTES else described != size:
         raise ProtocolViolation(f"a frame of {size} bytes whose shape [{rows}, {columns}] means {described}")
     return Header(Kind(kind), Dtype(dtype), ends, step, exchange, rows, columns, size)
 
 
-def check(message: bytes, expected: Expectation, ends: Ends) -> Header:
+def check_carried(declared_bytes: int, message_bytes: int) -> None:
+    """Raise ProtocolViolation unless a whole message of so many bytes is a frame of the declared payload."""
+    if declared_bytes != message_bytes - OVERHEAD_BYTES:
+        raise ProtocolViolation(
+            f"a frame that declares {declared_bytes} bytes and carries {message_bytes - OVERHEAD_BYTES}"
+        )
+
+
+def check(packed: bytes, expected: Expectation, ends: Ends) -> Header:
     """Header of a received frame that must be the expected one; raises ProtocolViolation naming the field.
 
     ERROR and CLOSE are returned too, whatever was expected: a peer may always end the lane.
     """
-    header = parse(message, ends)
+    header = parse(packed, ends)
     if header.dtype == Dtype.BYTES and header.kind in (Kind.ERROR, Kind.CLOSE):
         return header
     for field in ("kind", "step", "exchange", "dtype"):

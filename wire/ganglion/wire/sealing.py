@@ -75,6 +75,14 @@ class Sealer(_Direction):
         nonce = self._next_nonce()
         return self._cipher.encrypt(nonce, plaintext, associated)
 
+    def seal_into(self, associated: bytes, plaintext: bytes | memoryview, into: memoryview) -> None:
+        """The same into a writable buffer of exactly `TAG_BYTES` more than the plaintext."""
+        nonce = self._next_nonce()
+        if _INTO:
+            self._cipher.encrypt_into(nonce, plaintext, associated, into)
+        else:
+            into[:] = self._cipher.encrypt(nonce, plaintext, associated)
+
 
 class Opener(_Direction):
     """Opens the frames of one direction, in order. The first that fails is the last: loss and forgery look alike."""

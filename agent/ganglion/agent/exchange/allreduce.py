@@ -21,6 +21,7 @@ class AllReduce:
         self._add = tuple(None if other == rank else lanes[other] for other in part.add)
         self._send_sum = tuple(lanes[other] for other in part.send_sum_to)
         self._take_sum = None if part.take_sum_from is None else lanes[part.take_sum_from]
+        self._rooms: list[NDArray[Any]] = [np.empty(0)] * len(part.add)  # for what comes, kept from one sum to the next
 
     async def reduce(self, step: int, exchange: int, own: NDArray[Any]) -> None:
         """Make `own` [rows, hidden] (float64 in exact classes, else float32) the sum over devices, in place.
@@ -33,10 +34,19 @@ class AllReduce:
         if self._take_sum is not None:
             await self._take_sum.receive(expected, into=own)
             return
-        terms = [own if lane is None else await lane.receive(expected) for lane in self._add]
+        terms = [
+            own if lane is None else await lane.receive(expected, into=self._room(place, own))
+            for place, lane in enumerate(self._add)
+        ]
         add_in_order(terms, own)
         for lane in self._send_sum:
             await lane.send_tensor(Kind.PARTIAL, step, exchange, own)
+
+    def _room(self, place: int, like: NDArray[Any]) -> NDArray[Any]:
+        room = self._rooms[place]
+        if room.shape != like.shape or room.dtype != like.dtype:
+            room = self._rooms[place] = np.empty_like(like)
+        return room
 
 
 def add_in_order(terms: list[NDArray[Any]], into: NDArray[Any]) -> None:
