@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from typing import Any
 
 import msgspec
 import pytest
@@ -554,3 +555,27 @@ def test_exchanges_are_counted_where_devices_sum_and_by_their_size():
         {16: 1, 2048 * 8: 2},
         {2048 * 8: 1},
     ]
+
+
+def test_sums_are_rounded_where_throughput_decides_and_only_in_fast_classes():
+    exact = manifest(scale=100)
+    fast = msgspec.structs.replace(exact, numeric_class=NumericClass(format="int4", block=32, exact=False))
+    devices = [device(1), device(2)]
+
+    def payload(model: Manifest, rtt_s: float, bytes_per_s: float, **options: Any) -> str:
+        found = place(model, devices, all_links(devices, rtt_s, bytes_per_s), PlanOptions(mode="tensor", **options))
+        assert found.plan is not None
+        said = f"travel as {found.plan.payload}" in found.candidates[0].reason
+        assert said == (found.plan.payload != "full")
+        return found.plan.payload
+
+    assert payload(fast, 4e-4, 12.5e6) == "int8"
+    assert payload(fast, 4e-4, 12.5e9) == "full"
+    assert payload(exact, 4e-4, 12.5e6) == "full"
+    assert payload(fast, 4e-4, 12.5e9, payload="fp16") == "fp16"
+    assert payload(fast, 4e-4, 12.5e6, payload="full") == "full"
+    with pytest.raises(InvalidRequest, match="payload"):
+        payload(exact, 4e-4, 12.5e6, payload="int8")
+    alone = place(fast, devices[:1], {}, PlanOptions(payload="int8"))
+    assert alone.plan is not None
+    assert alone.plan.payload == "full"

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ganglion.agent.exchange.allreduce import AllReduce
+from ganglion.agent.exchange.payload import payload_of
 from ganglion.agent.exchange.plan import contributors, plan_exchange, stage_ranks
 from ganglion.agent.executor.executor import Batch, Executor
 from ganglion.agent.lead.adjusting import VocabShare
@@ -66,6 +67,7 @@ class StageRunner:
         self._following = tuple(lanes[other] for other in following)
         layers = manifest.layers[stage.layers.start : stage.layers.stop]
         segments = [segment for layer in layers for segment in layer.segments]
+        self._payload = payload_of(manifest, plan)
         self._exchanges = self._plan_exchanges(plan, number, segments, lanes)
 
     def _plan_exchanges(
@@ -87,7 +89,8 @@ class StageRunner:
                 raise InvalidDocument(f"plan: stage {number}: no share has {segment.axis}")
             key = tuple(sorted(giving))
             if key not in made:
-                made[key] = AllReduce(plan_exchange(ranks, key, stage.topology, self.rank), self.rank, lanes)
+                part = plan_exchange(ranks, key, stage.topology, self.rank)
+                made[key] = AllReduce(part, self.rank, lanes, self._payload)
             found.append(made[key])
             giving = set()
         return tuple(found)

@@ -126,6 +126,12 @@ def _select(devices: Sequence[Device], manifest: Manifest, options: PlanOptions)
                 param="private",
             )
         chosen = [device for device in chosen if device.label == "owner"]
+    if options.payload in {"fp16", "int8"} and manifest.numeric_class.exact:
+        raise InvalidRequest(
+            f"payload: {options.payload} rounds partial sums, and {manifest.numeric_class.name} is an exact class; use"
+            " a fast one",
+            param="payload",
+        )
     if options.mode in {"tensor", "pipeline"} and options.devices and len(chosen) < 2:
         raise InvalidRequest(f"mode: {options.mode} needs at least two devices, one is named", param="mode")
     return chosen

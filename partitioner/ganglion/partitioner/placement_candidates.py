@@ -14,11 +14,13 @@ from ganglion.partitioner.cost import (
     COLD_RUN_S,
     DECODE_DEPTH_TOKENS,
     HEAD_LAYER,
+    PAYLOADS,
     RUN_S,
     Device,
     ModelSize,
     Network,
     Slice,
+    choose_payload,
     exchange_s,
     kv_capacity_tokens,
     slices,
@@ -37,7 +39,7 @@ from ganglion.partitioner.placement_split import (
     shortage,
 )
 from ganglion.wire.nouns import Manifest, Plan, PlanOptions, Range, Share, Stage
-from ganglion.wire.nouns.plan import Topology
+from ganglion.wire.nouns.plan import Payload, Topology
 
 SESSIONS: Final = 16  # at a time, where none were asked for
 FULL_CONTEXTS: Final = 4  # that fit in the key-value memory of all sessions, at most
@@ -266,6 +268,7 @@ def _finish(request: Request, outcome: Outcome, parts: Sequence[Slice], stages: 
     by_id = {part.device.node_id: part for part in parts}
     hidden_bytes = request.manifest.geometry.hidden * (8 if request.manifest.handover == "parts" else 4)
     compute_s = handover_s = sums_s = 0.0
+    payload = _payload(request, stages, context)
     sums = handovers = 0
     for index, stage in enumerate(stages):
         ids = [share.device for share in stage.shares]
@@ -273,7 +276,7 @@ def _finish(request: Request, outcome: Outcome, parts: Sequence[Slice], stages: 
         if len(ids) > 1:
             for row_bytes, count in size.exchanges(stage.layers).items():
                 sums += count
-                sums_s += count * exchange_s(network, ids, stage.topology, row_bytes)
+                sums_s += count * exchange_s(network, ids, stage.topology, int(PAYLOADS[payload] * row_bytes))
         handed = [device for device in ids if device != stages[0].shares[0].device] if index == 0 else ids
         sender = stages[max(0, index - 1)].shares[0].device
         if handed:
@@ -288,6 +291,7 @@ def _finish(request: Request, outcome: Outcome, parts: Sequence[Slice], stages: 
     compute_s += (sum(size.segments) + 1) * (RUN_S if lone else RUN_S + COLD_RUN_S)
     outcome.compute_s, outcome.exchange_s = compute_s, sums_s + handover_s
     told = [f"{sums} exchanges of {sums_s / sums * 1e3:.2f} ms"] if sums else []
+    told += [f"sums travel as {payload}"] if payload != "full" else []
     told += [f"{handovers} hand-overs of {handover_s / handovers * 1e3:.2f} ms"] if handovers else []
     outcome.exchanges = ", ".join(told)
     kv_tokens = held * kv_capacity_tokens(context)
@@ -306,7 +310,29 @@ def _finish(request: Request, outcome: Outcome, parts: Sequence[Slice], stages: 
         chunk=request.chunk(context),
         stages=stages,
         threads={part.device.node_id: part.threads for part in sorted(parts, key=lambda p: p.device.node_id)},
+        payload=payload,
     )
+
+
+def _payload(request: Request, stages: tuple[Stage, ...], context: int) -> Payload:
+    """How the sums of a plan travel: as its slowest stage would choose, and as they are in exact classes."""
+    wished = request.options.payload
+    if request.manifest.numeric_class.exact:
+        return "full"
+    split = [stage for stage in stages if len(stage.shares) > 1]
+    if wished != "auto":
+        return wished if split else "full"
+    chosen = [
+        choose_payload(
+            request.network,
+            [share.device for share in stage.shares],
+            stage.topology,
+            request.size.exchanges(stage.layers),
+            request.chunk(context),
+        )
+        for stage in split
+    ]
+    return min(chosen, key=PAYLOADS.__getitem__, default="full")
 
 
 def _stage_s(size: ModelSize, stage: Stage, parts: dict[str, Slice]) -> float:

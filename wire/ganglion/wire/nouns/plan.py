@@ -11,6 +11,7 @@ from ganglion.wire.nouns.manifest import Count, Digest, NumericClass, Positive
 
 NodeId = Annotated[str, msgspec.Meta(pattern="^[a-z2-7]{26}$")]
 Topology = Literal["mesh", "star"]
+Payload = Literal["full", "fp16", "int8"]
 
 
 class Range(Document, frozen=True, array_like=True):
@@ -65,6 +66,7 @@ class Plan(Document, frozen=True, kw_only=True):
     chunk: Positive  # rows of a step at most (prefill chunk)
     stages: tuple[Stage, ...]
     threads: dict[str, int]  # node id -> intra-op threads
+    payload: Payload = "full"  # how partial sums travel; rounded in fast classes only
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -84,6 +86,7 @@ class PlanOptions(Document, frozen=True, kw_only=True):
     devices: tuple[str, ...] = ()  # names or node ids; () = any
     shares: tuple[Positive, ...] = ()  # relative shares, one per device of `devices`; () = by measured speed
     topology: Literal["auto", "mesh", "star"] = "auto"
+    payload: Literal["auto", "full", "fp16", "int8"] = "auto"
     context: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 0  # 0: the model's own, at most what fits
     sessions: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0  # at a time, sharing the memory for up to 4; 0: 16
     chunk: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0  # 0: 256
