@@ -26,7 +26,7 @@ SPIN_S: Final = 300e-6
 IN_PLACE_S: Final = 0.02  # and asleep in the kernel; the event loop stands still so long at most
 _SLOWEST_BYTES_PER_S: Final = 1 << 20  # of a frame that has begun
 _BUFFER_BYTES: Final = 128 << 10
-_LAST_WORDS_S: Final = 0.25
+_LAST_WORDS_S: Final = 0.1
 
 # Lanes of this process whose frames the kernel has not taken whole. While there are any nobody may wait in place: two
 # ends that each wait for a large write before they read would wait for ever.
