@@ -42,8 +42,8 @@ Options = list[tuple[str, int | str]]
 _MESSAGE_BYTES: Final[dict[str, int]] = {"control": CONTROL_MESSAGE_BYTES, "tensor": TENSOR_MESSAGE_BYTES}
 
 # A frozen process still acknowledges TCP: without ping_timeout_ms it is noticed after 60 s, with it within 2 s on a
-# control stream and within 3 on a lane, where a busy machine that answers late would end an epoch for no fault. A killed
-# peer is noticed at once by its sockets, a frozen device after 1 s by its beats.
+# control stream and within 3 on a lane, where a busy machine that answers late would end an epoch without a fault. A
+# killed peer is noticed at once by its sockets, a frozen device after 1 s by its beats.
 _KEEPALIVE_MS: Final = 1000
 _PING_TIMEOUT_MS: Final[dict[str, int]] = {"control": 1000, "tensor": 2000}
 _CLIENT: Final[Options] = [
