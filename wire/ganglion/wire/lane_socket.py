@@ -26,7 +26,7 @@ SPIN_S: Final = 300e-6
 IN_PLACE_S: Final = 0.02  # and asleep in the kernel; the event loop stands still so long at most
 _SLOWEST_BYTES_PER_S: Final = 1 << 20  # of a frame that has begun
 _BUFFER_BYTES: Final = 128 << 10
-_LAST_WORDS_S: Final = 0.25
+_LAST_WORDS_S: Final = 0.1
 
 # Lanes of this process whose frames the kernel has not taken whole. While there are any nobody may wait in place: two
 # ends that each wait for a large write before they read would wait for ever.
@@ -61,15 +61,19 @@ class SocketLane(Lane):
         self._sealing = memoryview(bytearray(_BUFFER_BYTES))
         self._rest = memoryview(b"")  # of the frame in _sealing, not taken by the kernel
         self._readable: asyncio.Future[None] | None = None
-        self._drained: asyncio.Future[None] | None = None
+        self._drained = asyncio.Event()
         self._carrier = carrier
         self._watch = asyncio.create_task(self._follow_carrier())
 
     # Sending.
 
     async def _send(self, header: bytes, payload: bytes | memoryview) -> None:
-        if self._rest:
-            await self._written()
+        try:
+            while self._rest:
+                await self._written()
+        except BaseException:
+            self._end()
+            raise
         if self._ended.is_set():
             raise self._over()
         size = HEADER_BYTES + len(payload) + TAG_BYTES
@@ -89,6 +93,7 @@ class SocketLane(Lane):
             raise self._broke(error) from error
         if sent < size:
             self._rest = frame[sent:]
+            self._drained.clear()
             _UNSENT.add(self)
             self._loop.add_writer(self._fd, self._push)
 
@@ -108,17 +113,12 @@ class SocketLane(Lane):
         if self in _UNSENT:
             _UNSENT.discard(self)
             self._loop.remove_writer(self._fd)
-        if self._drained is not None and not self._drained.done():
-            self._drained.set_result(None)
+        self._drained.set()
 
     async def _written(self) -> None:
-        if self._rest and not self._ended.is_set():
-            self._drained = self._loop.create_future()
-            try:
-                await self._drained
-            finally:
-                self._drained = None
         if self._rest:
+            await self._drained.wait()
+        if self._rest and self._ended.is_set():
             raise self._over()
 
     # Receiving.

@@ -82,12 +82,16 @@ class Upgraded:
 
 
 class Sockets:
-    """One worker's say about sockets. `auto`: for lanes of the local network, where they connect; `grpc`: never;
-    `socket`: for every lane, and a lane without one fails. `bind`: where the worker's port listens."""
+    """One worker's say about sockets.
+
+    `mode`: "auto", for lanes of the local network, where they connect; "grpc", never; "socket", for every lane, and a
+    lane without one fails. `bind`: where the worker's port listens. Raises Unsupported where no socket can be watched.
+    """
 
     def __init__(self, mode: LaneMode, bind: str) -> None:
-        # A loop of Windows watches no sockets.
-        self._mode: LaneMode = "grpc" if sys.platform == "win32" and mode == "auto" else mode
+        if sys.platform == "win32" and mode == "socket":
+            raise Unsupported("the event loop of Windows watches no sockets; use --lanes auto")
+        self._mode: LaneMode = "grpc" if sys.platform == "win32" else mode
         self._listener = TicketListener(bind)
 
     @property
