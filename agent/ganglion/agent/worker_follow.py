@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError
 
+from ganglion.agent.executor.prefix_blocks import Begin, Keep
 from ganglion.agent.lead.adjusting import NO_ADJUSTMENTS, Adjustments
 from ganglion.agent.lead.candidates import to_message
 from ganglion.agent.lead.draw import Draw, read_draw
@@ -46,8 +47,9 @@ class Follower:
             raise ProtocolViolation(f"step {step.step} in a frame of step {message.step}, expected {self._step + 1}")
         self._step = step.step
         executor = self._runner.executor
+        keeps = [Keep(one.session, one.first, tuple(one.blocks)) for one in step.keeps]
+        executor.prepare(keeps, step.closed, [Begin(one.session, tuple(one.blocks)) for one in step.begins])
         for session in step.closed:
-            executor.close(session)
             self._adjustments.pop(session, None)
         self._draws = [self._draw(entry) for entry in step.entries if entry.HasField("draw")]
         rows = sum(entry.count for entry in step.entries)

@@ -9,6 +9,7 @@ in order of arrival.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ganglion.wire.errors import Exhausted, Internal
@@ -50,7 +51,9 @@ class _Run:
 class Scheduler:
     """Steps for the sessions of one deployment; `chunk` rows of a step at most, `sessions` admitted at a time."""
 
-    def __init__(self, *, chunk: int, sessions: int) -> None:
+    def __init__(self, *, chunk: int, sessions: int, begin: Callable[[int], int] = lambda session: 0) -> None:
+        """`begin`: called as a session is admitted; how many tokens of its prompt it has then, fewer than all."""
+        self._begin = begin
         self._chunk = chunk
         self._sessions = sessions
         self._queue: deque[tuple[int, int]] = deque()
@@ -77,6 +80,11 @@ class Scheduler:
             )
         self._queue.append((session, prompt_tokens))
 
+    def held(self, session: int) -> int:
+        """Tokens of an admitted session that have run, those of the last step included; 0 for any other session."""
+        run = self._active.get(session)
+        return run.held if run is not None else 0
+
     def drawn(self, session: int) -> None:
         """A token was drawn for a session that goes on: it is the next row to run."""
         run = self._active[session]
@@ -95,7 +103,7 @@ class Scheduler:
         """The next step, counted as done; without entries when there are only sessions to close; None when idle."""
         while self._queue and len(self._active) < self._sessions:
             session, prompt_tokens = self._queue.popleft()
-            self._active[session] = _Run(prompt_tokens)
+            self._active[session] = _Run(prompt_tokens, self._begin(session))
         room = self._chunk
         entries = []
         # Decoding sessions first; sorted() is stable, so both kinds stay in order of admission.
