@@ -203,8 +203,15 @@ def tokens(*ids: int, logprobs: bool = False) -> lane_pb2.SessionEvent:
     return lane_pb2.SessionEvent(tokens=lane_pb2.Tokens(tokens=made))
 
 
-def finished(request: lane_pb2.Open, drawn: int, reason: int = lane_pb2.FINISH_REASON_STOP) -> lane_pb2.SessionEvent:
-    done = lane_pb2.Finished(reason=reason, prompt_tokens=len(request.prompt), completion_tokens=drawn)  # type: ignore[arg-type]
+def finished(
+    request: lane_pb2.Open, drawn: int, reason: int = lane_pb2.FINISH_REASON_STOP, cached: int = 0
+) -> lane_pb2.SessionEvent:
+    done = lane_pb2.Finished(
+        reason=reason,  # type: ignore[arg-type]
+        prompt_tokens=len(request.prompt),
+        completion_tokens=drawn,
+        cached_tokens=cached,
+    )
     return lane_pb2.SessionEvent(finished=done)
 
 

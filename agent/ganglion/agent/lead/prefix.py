@@ -5,9 +5,9 @@ digest of the block before it and its own tokens; the first follows on a root, w
 that nobody's prompt meets another's blocks. A position's keys and values depend on the tokens up to it alone, so in
 exact classes a session that begins with kept blocks draws the tokens that it would have drawn anyway.
 
-Invariants: a block's parent is kept as long as the block is (by last use a parent comes after its children, and what was
-used least recently goes first); a number names at most one block, and there are never more than `capacity`. A step's
-keeps are copied before its begins, and begins are copies too: so a number may be given anew with the next step.
+Invariants: a block's parent is kept as long as the block is (by last use a parent comes after its children, and what
+was used least recently goes first); a number names at most one block, and there are never more than `capacity`. A
+step's keeps are copied before its begins, and begins are copies too: so a number may be given anew with the next step.
 
 BLOCK is 32: on average half a block of what could be found is run again, 1.6 % of a prompt of 1000 tokens, and the copy
 of a block is still long against the call that makes it.
