@@ -312,7 +312,7 @@ class Agent(pieces_pb2_grpc.PiecesServicer):
     def peer(self) -> identity_pb2.Peer:
         return identity_pb2.Peer(record=self.identity.record, address=self.bound.address, name="fake-lead")
 
-    async def _session(self, request: lane_pb2.Open) -> AsyncGenerator[lane_pb2.SessionEvent, None]:
+    async def _session(self, request: lane_pb2.Open, _gateway: str) -> AsyncGenerator[lane_pb2.SessionEvent, None]:
         self.requests.append(request)
         self.open += 1
         try:

@@ -47,9 +47,7 @@ def ids(tokens) -> list[int]:
     return [token.id for token in tokens]
 
 
-@pytest.mark.parametrize(
-    ("layout", "weights"), [([[1]], "int4"), ([[3, 1]], "fp32"), ([[1, 1], [1]], "int4")], ids=str
-)
+@pytest.mark.parametrize(("layout", "weights"), [([[1]], "int4"), ([[3, 1]], "fp32"), ([[1, 1], [1]], "int4")], ids=str)
 async def test_tokens_and_log_probabilities_are_those_without_a_cache(cluster, model, layout, weights):
     """F3: turns of a chat that go on, branch off and repeat; odd and even numbers of rows after what was kept."""
     cut = model("llama", weights)
