@@ -83,7 +83,7 @@ def test_the_document_of_a_deployment() -> None:
     row = views.deployment(state, {NODE: "desk", OTHER: "lap"})
     assert list(row) == [
         "model", "deployment", "epoch", "phase", "message", "manifest_digest", "numeric_class", "mode", "context",
-        "sessions", "lead", "shards",
+        "prefix_tokens", "sessions", "lead", "shards",
     ]  # fmt: skip
     assert (row["phase"], row["numeric_class"], row["mode"], row["lead"]) == ("ready", "fp32-exact", "tensor", "desk")
     assert row["shards"][1] == {

@@ -203,8 +203,15 @@ def tokens(*ids: int, logprobs: bool = False) -> lane_pb2.SessionEvent:
     return lane_pb2.SessionEvent(tokens=lane_pb2.Tokens(tokens=made))
 
 
-def finished(request: lane_pb2.Open, drawn: int, reason: int = lane_pb2.FINISH_REASON_STOP) -> lane_pb2.SessionEvent:
-    done = lane_pb2.Finished(reason=reason, prompt_tokens=len(request.prompt), completion_tokens=drawn)  # type: ignore[arg-type]
+def finished(
+    request: lane_pb2.Open, drawn: int, reason: int = lane_pb2.FINISH_REASON_STOP, cached: int = 0
+) -> lane_pb2.SessionEvent:
+    done = lane_pb2.Finished(
+        reason=reason,  # type: ignore[arg-type]
+        prompt_tokens=len(request.prompt),
+        completion_tokens=drawn,
+        cached_tokens=cached,
+    )
     return lane_pb2.SessionEvent(finished=done)
 
 
@@ -305,7 +312,7 @@ class Agent(pieces_pb2_grpc.PiecesServicer):
     def peer(self) -> identity_pb2.Peer:
         return identity_pb2.Peer(record=self.identity.record, address=self.bound.address, name="fake-lead")
 
-    async def _session(self, request: lane_pb2.Open) -> AsyncGenerator[lane_pb2.SessionEvent, None]:
+    async def _session(self, request: lane_pb2.Open, _gateway: str) -> AsyncGenerator[lane_pb2.SessionEvent, None]:
         self.requests.append(request)
         self.open += 1
         try:

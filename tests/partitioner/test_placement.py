@@ -388,6 +388,39 @@ def test_context_is_reduced_to_what_fits_and_the_reason_says_so():
         place(model, [device(0)], {}, PlanOptions(context=999999))
 
 
+def test_kept_prompts_take_what_is_left_over_and_no_more():
+    model, options = manifest(context=16384), PlanOptions(context=16384, sessions=1)
+    token_bytes = 2 * 4 * 64 * 8 * 16  # keys and values, float32, head_dim, groups, layers
+    roomy = place(model, [device(0)], {}, options)
+    none = place(model, [device(0)], {}, msgspec.structs.replace(options, prefix_tokens=0))
+    assert (roomy.plan.prefix_tokens, none.plan.prefix_tokens) == (8192, 0)
+    plain_bytes = none.candidates[0].memory_bytes["dev-0"]
+    assert roomy.candidates[0].memory_bytes["dev-0"] == plain_bytes + 8192 * token_bytes
+    short = place(model, [device(0)], {}, msgspec.structs.replace(options, context=512))
+    assert short.plan.prefix_tokens == 512  # one session's context
+    for spare_bytes, kept in ((0, 0), (33 * token_bytes, 32), (1000 * token_bytes, 992)):
+        tight = place(model, [device(0, memory=plain_bytes + spare_bytes)], {}, options)
+        assert (tight.plan.prefix_tokens, tight.plan.context) == (kept, 16384)
+
+
+def test_kept_prompts_that_were_asked_for_must_fit_on_every_device():
+    model, options = (
+        manifest(context=16384),
+        PlanOptions(context=16384, sessions=1, prefix_tokens=9999, mode="pipeline"),
+    )
+    pair = [device(0), device(1)]
+    report = place(model, pair, all_links(pair, 1e-3), options)
+    assert report.plan.prefix_tokens == 10016  # whole blocks
+    without = place(model, pair, all_links(pair, 1e-3), msgspec.structs.replace(options, prefix_tokens=0))
+    for stage in report.plan.stages:
+        name = {one.node_id: one.name for one in pair}[stage.shares[0].device]
+        kept_bytes = report.candidates[0].memory_bytes[name] - without.candidates[0].memory_bytes[name]
+        assert kept_bytes == 10016 * 2 * 4 * 64 * 8 * stage.layers.count
+    refused = place(model, pair, all_links(pair, 1e-3), msgspec.structs.replace(options, prefix_tokens=2**24))
+    assert refused.plan is None
+    assert "16777216 tokens kept (--prefix-tokens)" in refused.candidates[0].reason
+
+
 def test_agents_of_one_host_share_its_cores_and_memory():
     links = all_links([device(0), device(1)], 1e-5)
     both = [device(0, host="x", cores=4, threads=4), device(1, host="x", cores=4, threads=4)]

@@ -55,7 +55,8 @@ class Lead:
             raise PermissionDenied("not a gateway of this deployment")
         return self.gateways[node_id]
 
-    async def on_session(self, request: lane_pb2.Open) -> AsyncGenerator[lane_pb2.SessionEvent, None]:
+    async def on_session(self, request: lane_pb2.Open, gateway: str) -> AsyncGenerator[lane_pb2.SessionEvent, None]:
+        assert gateway in self.gateways
         try:
             yield lane_pb2.SessionEvent(accepted=lane_pb2.Accepted(numeric_class="fp32"))
             match request.request_id:

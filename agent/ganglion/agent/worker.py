@@ -168,10 +168,10 @@ class Worker:
             raise PermissionDenied(f"{node_id} is not a gateway of this deployment")
         return record
 
-    def _on_session(self, request: lane_pb2.Open) -> AsyncGenerator[lane_pb2.SessionEvent, None]:
+    def _on_session(self, request: lane_pb2.Open, gateway: str) -> AsyncGenerator[lane_pb2.SessionEvent, None]:
         if self._lead is None:
             raise Unavailable("the deployment is not connected yet; try again")
-        return self._lead.serve(request)
+        return self._lead.serve(request, gateway)
 
     # The epoch, until it is over.
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError
 
+from ganglion.agent.executor.prefix_blocks import Begin, Keep
 from ganglion.agent.lead.adjusting import NO_ADJUSTMENTS, Adjustments
 from ganglion.agent.lead.candidates import to_message
 from ganglion.agent.lead.draw import Draw, read_draw
@@ -48,10 +49,11 @@ class Follower:
             raise ProtocolViolation(f"step {step.step} in a frame of step {message.step}, expected {self._step + 1}")
         self._step = step.step
         executor = self._runner.executor
+        keeps = [Keep(one.session, one.first, tuple(one.blocks)) for one in step.keeps]
+        begins = [Begin(one.session, tuple(one.blocks)) for one in step.begins]
+        executor.prepare(keeps, (*step.closed, *step.put_back), begins)
         for session in step.closed:
             self._adjustments.pop(session, None)
-        for session in (*step.closed, *step.put_back):
-            executor.close(session)
         self._draws = [self._draw(entry) for entry in step.entries if entry.HasField("draw")]
         rows = sum(entry.count for entry in step.entries)
         if rows == 0:

@@ -52,6 +52,7 @@ class Wish:
         topology: str,
         context: int,
         sessions: int,
+        prefix_tokens: int | None,
         private: bool,
     ) -> Wish:
         """From a command's options. Raises InvalidRequest naming the option."""
@@ -68,7 +69,7 @@ class Wish:
             )
         document = {
             "mode": mode, "devices": names, "shares": parts, "topology": topology,
-            "context": context, "sessions": sessions, "private": private,
+            "context": context, "sessions": sessions, "prefix_tokens": prefix_tokens, "private": private,
         }  # fmt: skip
         return cls(_format(weights), fast, _plan_options(document))
 

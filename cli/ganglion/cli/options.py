@@ -130,6 +130,15 @@ SessionsOption = Annotated[
         show_default=False,
     ),
 ]
+PrefixTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--prefix-tokens",
+        help="Tokens of earlier prompts and answers kept ready for later ones; 0: none. Default: one session's context,"
+        " at most 8192, and at most what fits.",
+        show_default=False,
+    ),
+]
 PrivateOption = Annotated[bool, typer.Option("--private", help="Use only devices with the label owner.")]
 NameOption = Annotated[
     str | None,

@@ -19,6 +19,7 @@ from ganglion.cli.options import (
     ModelArgument,
     ModeOption,
     NameOption,
+    PrefixTokensOption,
     PrivateOption,
     SessionsOption,
     SharesOption,
@@ -46,6 +47,7 @@ async def plan(
     topology: TopologyOption = "auto",
     context: ContextOption = 0,
     sessions: SessionsOption = 0,
+    prefix_tokens: PrefixTokensOption = None,
     private: PrivateOption = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
@@ -62,7 +64,7 @@ async def plan(
 
     wish = Wish.of(
         weights=weights, fast=fast, mode=mode, devices=devices, shares=shares, topology=topology,
-        context=context, sessions=sessions, private=private,
+        context=context, sessions=sessions, prefix_tokens=prefix_tokens, private=private,
     )  # fmt: skip
     root = root_of(home)
     async with admin(root) as line:

@@ -20,6 +20,7 @@ from ganglion.cli.options import (
     ModelArgument,
     ModeOption,
     NameOption,
+    PrefixTokensOption,
     PrivateOption,
     SessionsOption,
     SharesOption,
@@ -67,6 +68,7 @@ async def run(
     topology: TopologyOption = "auto",
     context: ContextOption = 0,
     sessions: SessionsOption = 0,
+    prefix_tokens: PrefixTokensOption = None,
     private: PrivateOption = False,
     api: ApiOption = None,
     home: HomeOption = None,
@@ -80,7 +82,7 @@ async def run(
     root = root_of(home)
     wish = Wish.of(
         weights=weights, fast=fast, mode=mode, devices=devices, shares=shares, topology=topology,
-        context=context, sessions=sessions, private=private,
+        context=context, sessions=sessions, prefix_tokens=prefix_tokens, private=private,
     )  # fmt: skip
     async with admin(root) as line:
         deployed = await ensure_ready(root, line, model, name=name, wish=wish)

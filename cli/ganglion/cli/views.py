@@ -76,6 +76,7 @@ def deployment(state: admin_pb2.DeploymentState, names: dict[str, str]) -> dict[
         "numeric_class": plan.numeric_class.name if plan else None,
         "mode": mode(plan) if plan else None,
         "context": plan.context if plan else None,
+        "prefix_tokens": plan.prefix_tokens if plan else None,
         "sessions": state.sessions,
         "lead": names.get(plan.lead, plan.lead) if plan else None,
         "shards": _shards(plan, names) if plan else [],

@@ -24,10 +24,15 @@ def fingerprint(numeric_class: str) -> str:
 
 
 def usage(ends: Sequence[Ended]) -> Json:
-    """Tokens in and out of every choice together; the prompt counts once."""
+    """Tokens in and out of every choice together; the prompt counts once, as cached what no choice ran again."""
     prompt = max((end.prompt_tokens for end in ends), default=0)
     completion = sum(end.completion_tokens for end in ends)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": min((end.cached_tokens for end in ends), default=0)},
+    }
 
 
 @dataclass

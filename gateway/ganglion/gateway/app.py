@@ -32,6 +32,7 @@ from ganglion.gateway.transcript import Delta
 from ganglion.wire.errors import Internal, InvalidRequest, NotFound
 
 ROUTE = "ganglion.route"  # key of the scope: the path as declared
+TENANT = "ganglion.tenant"  # and whose request it is
 LEFT = 499  # nobody reads it; for the metrics
 
 _log = logging.getLogger(__name__)
@@ -50,14 +51,16 @@ class Api:
         """POST /v1/chat/completions."""
         arrived_s = time.monotonic()
         asked = parse_chat(await read_object(request))
-        answering = await unless_gone(request.receive, self._service.chat(asked, arrived_s))
+        made = self._service.chat(asked, arrived_s, request.scope[TENANT])
+        answering = await unless_gone(request.receive, made)
         return await self._answer(request, answering, stream=asked.stream)
 
     async def completion(self, request: Request) -> Response:
         """POST /v1/completions."""
         arrived_s = time.monotonic()
         asked = parse_completion(await read_object(request))
-        answering = await unless_gone(request.receive, self._service.completion(asked, arrived_s))
+        made = self._service.completion(asked, arrived_s, request.scope[TENANT])
+        answering = await unless_gone(request.receive, made)
         return await self._answer(request, answering, stream=asked.stream)
 
     async def models(self, _: Request) -> Response:
@@ -220,7 +223,7 @@ class Outer:
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            self._guard.check(scope["path"], Headers(scope=scope))
+            scope[TENANT] = self._guard.check(scope["path"], Headers(scope=scope))
         except Exception as error:  # noqa: BLE001  (of the tree, or a keys file that cannot be read)
             await failure(known(error))(scope, receive, send)
             return

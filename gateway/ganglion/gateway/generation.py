@@ -49,11 +49,12 @@ class Began:
 
 @dataclass(frozen=True)
 class Ended:
-    """The answer is complete; `reason` is OpenAI's finish_reason."""
+    """The answer is complete; `reason` is OpenAI's finish_reason. `cached_tokens`: of the prompt, not run again."""
 
     reason: str
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int
 
 
 Part = Began | Delta | Ended
@@ -169,7 +170,7 @@ class _Measured:
     def ended(self, end: Ended, *, stopped: bool) -> None:
         spread = end.completion_tokens - 1
         tpot_s = (self._last_s - self._first_s) / spread if self._first_s is not None and spread > 0 else None
-        self._metrics.finished(end.prompt_tokens, end.completion_tokens, tpot_s)
+        self._metrics.finished(end.prompt_tokens, end.cached_tokens, end.completion_tokens, tpot_s)
         if stopped:
             self._metrics.cancelled("stop_string")
 
@@ -181,6 +182,7 @@ async def _parts(
     prompt_tokens: int,
 ) -> AsyncGenerator[Part, None]:
     finished: lane_pb2.Finished | None = None
+    cached_tokens = 0
     async with aclosing(events):
         while finished is None and not transcript.stopped:
             event = await running.next(events)
@@ -190,6 +192,7 @@ async def _parts(
                 case "accepted":
                     yield Began(event.accepted.numeric_class)
                 case "tokens":
+                    cached_tokens = event.tokens.cached_tokens
                     yield _pushed(transcript, event.tokens)
                 case "finished":
                     finished = event.finished
@@ -201,7 +204,7 @@ async def _parts(
                     raise ProtocolViolation(f"the lead sent an event that this release does not know ({other})")
     # The session is over (a stop string cancels it) before the client reads the rest.
     if finished is None:
-        yield Ended("stop", prompt_tokens, transcript.tokens)
+        yield Ended("stop", prompt_tokens, transcript.tokens, cached_tokens)
         return
     rest = transcript.finish()
     if rest.text or rest.tokens:
@@ -211,7 +214,7 @@ async def _parts(
         raise Unavailable("the lead cancelled the session")
     if finished.completion_tokens < transcript.tokens:
         raise Internal(f"the lead counts {finished.completion_tokens} tokens and sent {transcript.tokens}")
-    yield Ended(reason, prompt_tokens, finished.completion_tokens)
+    yield Ended(reason, prompt_tokens, finished.completion_tokens, finished.cached_tokens)
 
 
 def _pushed(transcript: Transcript, tokens: lane_pb2.Tokens) -> Delta:

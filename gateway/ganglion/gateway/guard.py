@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Mapping
 
-from ganglion.gateway.keys import KeyRing
+from ganglion.gateway.keys import KeyRing, tenant_of
 from ganglion.wire.errors import PermissionDenied, Unauthenticated
 
 OPEN_PATHS = frozenset({"/healthz"})
@@ -38,12 +38,16 @@ class Guard:
             self._hosts |= names
         self._origins = frozenset(f"http://{name}" for name in self._hosts)
 
-    def check(self, path: str, headers: Mapping[str, str]) -> None:
-        """Let it pass, or raise PermissionDenied or Unauthenticated. `headers` has lower-case names."""
+    def check(self, path: str, headers: Mapping[str, str]) -> str:
+        """Let it pass and return the caller's tenant, or raise PermissionDenied or Unauthenticated.
+
+        `headers` has lower-case names. The tenant is "" where no key is asked for.
+        """
         if self._ring is None:
             self._check_names(headers)
         elif path not in OPEN_PATHS:
-            self._check_key(self._ring, headers.get("authorization", ""))
+            return self._check_key(self._ring, headers.get("authorization", ""))
+        return ""
 
     def _check_names(self, headers: Mapping[str, str]) -> None:
         host = headers.get("host", "").lower()
@@ -57,9 +61,10 @@ class Guard:
         if origin.lower() not in self._origins:
             raise PermissionDenied(f"web pages of {origin[:128]!r} may not call this address")
 
-    def _check_key(self, ring: KeyRing, authorization: str) -> None:
+    def _check_key(self, ring: KeyRing, authorization: str) -> str:
         scheme, _, key = authorization.partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise Unauthenticated("an API key is needed: send it as 'Authorization: Bearer KEY' (ganglion key create)")
         if not ring.accepts(key.strip()):
             raise Unauthenticated("the API key is not known here; make one with: ganglion key create")
+        return tenant_of(key.strip())

@@ -22,6 +22,7 @@ from ganglion.wire.limits import NAME_PATTERN
 KEYS_FILE = "keys.json"
 PREFIX = "gk-"
 SHOWN_CHARACTERS = 8
+TENANT_CHARACTERS = 32
 
 
 class Key(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -97,6 +98,11 @@ class KeyRing:
             self._digests = tuple(key.digest for key in list_keys(self._home))
             self._seen = seen
         return self._digests
+
+
+def tenant_of(key: str) -> str:
+    """What a lead knows a key's holder by: of this very key, which cannot be found from it, nor used as one."""
+    return hashlib.sha256(b"tenant " + key.encode("utf-8", "surrogatepass")).hexdigest()[:TENANT_CHARACTERS]
 
 
 def _path(home: Home) -> Path:

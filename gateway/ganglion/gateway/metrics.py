@@ -22,6 +22,11 @@ class Metrics:
             "ganglion_gateway_requests", "HTTP requests answered", ("route", "code"), registry=self._registry
         )
         self._prompt = Counter("ganglion_gateway_prompt_tokens", "Tokens of prompts", registry=self._registry)
+        self._cached = Counter(
+            "ganglion_gateway_cached_prompt_tokens",
+            "Tokens of prompts that were not run again: kept of earlier sessions",
+            registry=self._registry,
+        )
         self._completion = Counter("ganglion_gateway_completion_tokens", "Tokens drawn", registry=self._registry)
         self._ttft = Histogram(
             "ganglion_gateway_ttft_seconds",
@@ -53,9 +58,10 @@ class Metrics:
         """The first token of a session came `ttft_s` after its request."""
         self._ttft.observe(ttft_s)
 
-    def finished(self, prompt_tokens: int, completion_tokens: int, tpot_s: float | None) -> None:
+    def finished(self, prompt_tokens: int, cached_tokens: int, completion_tokens: int, tpot_s: float | None) -> None:
         """A session ended; `tpot_s` is None with less than two tokens."""
         self._prompt.inc(prompt_tokens)
+        self._cached.inc(cached_tokens)
         self._completion.inc(completion_tokens)
         if tpot_s is not None:
             self._tpot.observe(tpot_s)

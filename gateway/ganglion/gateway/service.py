@@ -63,8 +63,8 @@ class Service:
         self.stopping = False
         self._compiler = Compiler()
 
-    async def chat(self, asked: ChatRequest, arrived_s: float) -> Answering:
-        """Render the conversation, tokenize it, check it against the context."""
+    async def chat(self, asked: ChatRequest, arrived_s: float, tenant: str) -> Answering:
+        """Render the conversation, tokenize it, check it against the context; `tenant`: whose conversation it is."""
         route, facts, tokenizer = await self._find(asked.model)
         template = tokenizer.template
         if template is None:
@@ -88,6 +88,7 @@ class Service:
             writer.identifier,
             prompt,
             param="messages",
+            tenant=tenant,
             route=route,
             facts=facts,
             wanted=asked.answer_tokens,
@@ -98,8 +99,8 @@ class Service:
         transcripts = [Transcript(tokenizer.detokenizer(), asked.stops, facts.eos_ids, shown) for _ in requests]
         return Answering(route, requests, tuple(transcripts), writer, arrived_s)
 
-    async def completion(self, asked: CompletionRequest, arrived_s: float) -> Answering:
-        """Tokenize the prompt, check it against the context."""
+    async def completion(self, asked: CompletionRequest, arrived_s: float, tenant: str) -> Answering:
+        """Tokenize the prompt, check it against the context; `tenant`: whose prompt it is."""
         route, facts, tokenizer = await self._find(asked.model)
         grammar = await self._compiler.run(partial(answer_grammar, asked))
         prompt, text = await _completion_prompt(asked, facts, tokenizer)
@@ -110,6 +111,7 @@ class Service:
             writer.identifier,
             prompt,
             param="prompt",
+            tenant=tenant,
             route=route,
             facts=facts,
             wanted=asked.max_tokens,
@@ -199,6 +201,7 @@ def _open(
     prompt: list[int],
     *,
     param: str,
+    tenant: str,
     route: Route,
     facts: ModelFacts,
     wanted: int | None,
@@ -246,6 +249,7 @@ def _open(
                 logit_bias=biases,
             ),
             grammar=grammar,
+            tenant=tenant,
         )
         for index in range(asked.n)
     )

@@ -38,7 +38,7 @@ from ganglion.partitioner.placement_split import (
     proportional_layers,
     shortage,
 )
-from ganglion.wire.nouns import Manifest, Plan, PlanOptions, Range, Share, Stage
+from ganglion.wire.nouns import PREFIX_BLOCK_TOKENS, Manifest, Plan, PlanOptions, Range, Share, Stage
 from ganglion.wire.nouns.plan import Payload, Topology
 
 SESSIONS: Final = 16  # at a time, where none were asked for
@@ -48,6 +48,7 @@ Rung = tuple[int, int]
 """(context in tokens, full contexts that fit in the key-value memory)."""
 
 EMPTY = Range(0, 0)
+KEPT_TOKENS = 8192  # of earlier sessions at most, unless more are asked for: several long chats
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,15 @@ class Request:
     def chunk(self, context: int) -> int:
         """Rows of a step at most."""
         return min(self.options.chunk or 256, context)
+
+    def kv_tokens(self, rung: Rung) -> int:
+        """Tokens of key-value state that must fit: of the sessions, and those asked to be kept of earlier ones."""
+        return rung[1] * kv_capacity_tokens(rung[0]) + self.prefix_tokens
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens that were asked to be kept of earlier sessions, in whole blocks."""
+        return -(-(self.options.prefix_tokens or 0) // PREFIX_BLOCK_TOKENS) * PREFIX_BLOCK_TOKENS
 
 
 @dataclass(slots=True)
@@ -160,7 +170,7 @@ def pipeline(request: Request, devices: Sequence[Device]) -> Outcome:
     by_speed = sorted(range(len(parts)), key=lambda rank: (-parts[rank].weight_bytes_per_s, rank))
     missing, capacity = 0, list[int]()
     for rung in request.rungs:
-        kv_tokens = rung[1] * kv_capacity_tokens(rung[0])
+        kv_tokens = request.kv_tokens(rung)
         layer_bytes = size.share_bytes(Range(heaviest, heaviest + 1), *everything, EMPTY, kv_tokens=kv_tokens)
         capacity.clear()
         for rank, part in enumerate(parts):
@@ -207,7 +217,7 @@ def pipeline(request: Request, devices: Sequence[Device]) -> Outcome:
 def _axes(request: Request, parts: Sequence[Slice], rung: Rung) -> tuple[AxisLoad, AxisLoad, AxisLoad]:
     """Loads of heads, columns and vocabulary over all layers."""
     size, geometry, layers = request.size, request.manifest.geometry, request.size.all_layers
-    kv_tokens = rung[1] * kv_capacity_tokens(rung[0])
+    kv_tokens = request.kv_tokens(rung)
     one = Range(0, 1)
 
     def load(held_bytes: int, read_bytes: int, whole_bytes: int, groups: int, *, least: int, kv_s: bool) -> AxisLoad:
@@ -294,23 +304,28 @@ def _finish(request: Request, outcome: Outcome, parts: Sequence[Slice], stages: 
     told += [f"sums travel as {payload}"] if payload != "full" else []
     told += [f"{handovers} hand-overs of {handover_s / handovers * 1e3:.2f} ms"] if handovers else []
     outcome.exchanges = ", ".join(told)
-    kv_tokens = held * kv_capacity_tokens(context)
+    prefix_tokens = request.prefix_tokens
     for stage in stages:
         for share in stage.shares:
             fixed = size.fixed_bytes(chunk=request.chunk(context), lead=share.device == lead)
-            loaded = size.share_bytes(stage.layers, share.heads, share.columns, share.vocab, kv_tokens=kv_tokens)
+            loaded = size.share_bytes(
+                stage.layers, share.heads, share.columns, share.vocab, kv_tokens=request.kv_tokens(rung)
+            )
             outcome.memory_bytes[by_id[share.device].device.name] = fixed + loaded
+    if request.options.prefix_tokens is None:
+        prefix_tokens = _keep_what_fits(request, outcome, by_id, stages, context)
     _remark(request, outcome, rung)
     outcome.plan = Plan(
         manifest_digest=request.manifest_digest,
         numeric_class=request.manifest.numeric_class,
         context=context,
         sessions=request.options.sessions or SESSIONS,
-        kv_tokens=kv_tokens,
+        kv_tokens=held * kv_capacity_tokens(context),
         chunk=request.chunk(context),
         stages=stages,
         threads={part.device.node_id: part.threads for part in sorted(parts, key=lambda p: p.device.node_id)},
         payload=payload,
+        prefix_tokens=prefix_tokens,
     )
 
 
@@ -333,6 +348,23 @@ def _payload(request: Request, stages: tuple[Stage, ...], context: int) -> Paylo
         for stage in split
     ]
     return min(chosen, key=PAYLOADS.__getitem__, default="full")
+
+
+def _keep_what_fits(
+    request: Request, outcome: Outcome, parts: dict[str, Slice], stages: Sequence[Stage], context: int
+) -> int:
+    """Tokens kept of earlier sessions when nobody said how many, charged to every device; in whole blocks."""
+    blocks = min(context, KEPT_TOKENS) // PREFIX_BLOCK_TOKENS
+    block_bytes: dict[str, int] = {}
+    for stage in stages:
+        for share in stage.shares:
+            name = parts[share.device].device.name
+            block_bytes[name] = request.size.kv_bytes(stage.layers, share.heads, tokens=PREFIX_BLOCK_TOKENS)
+            spare_bytes = max(0, outcome.available_bytes[name] - outcome.memory_bytes[name])
+            blocks = min(blocks, spare_bytes // max(1, block_bytes[name]))
+    for name, size_bytes in block_bytes.items():
+        outcome.memory_bytes[name] += blocks * size_bytes
+    return blocks * PREFIX_BLOCK_TOKENS
 
 
 def _stage_s(size: ModelSize, stage: Stage, parts: dict[str, Slice]) -> float:
@@ -368,8 +400,9 @@ def _remark(request: Request, outcome: Outcome, rung: Rung) -> None:
 def _missing(outcome: Outcome, device: Device, missing_bytes: int, request: Request) -> str:
     context, held = request.rungs[-1]
     available = outcome.available_bytes[device.name]
+    kept = f", and {request.prefix_tokens} tokens kept (--prefix-tokens)" if request.prefix_tokens else ""
     return (
         f"{outcome.title}: {device.name} lacks {missing_bytes / 1e6:.0f} MB beyond its {available / 1e6:.0f} MB, at"
-        f" context {context} and key-value memory for {held} of it: raise its memory budget, lower"
+        f" context {context} and key-value memory for {held} of it{kept}: raise its memory budget, lower"
         " the context, use int4, or add a device"
     )

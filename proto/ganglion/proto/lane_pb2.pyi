@@ -59,16 +59,38 @@ class SocketResult(_message.Message):
     def __init__(self, refused: _Optional[str] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("step", "entries", "closed", "put_back")
+    __slots__ = ("step", "entries", "closed", "put_back", "keeps", "begins")
     STEP_FIELD_NUMBER: _ClassVar[int]
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
     CLOSED_FIELD_NUMBER: _ClassVar[int]
     PUT_BACK_FIELD_NUMBER: _ClassVar[int]
+    KEEPS_FIELD_NUMBER: _ClassVar[int]
+    BEGINS_FIELD_NUMBER: _ClassVar[int]
     step: int
     entries: _containers.RepeatedCompositeFieldContainer[StepEntry]
     closed: _containers.RepeatedScalarFieldContainer[int]
     put_back: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, step: _Optional[int] = ..., entries: _Optional[_Iterable[_Union[StepEntry, _Mapping]]] = ..., closed: _Optional[_Iterable[int]] = ..., put_back: _Optional[_Iterable[int]] = ...) -> None: ...
+    keeps: _containers.RepeatedCompositeFieldContainer[KeepBlocks]
+    begins: _containers.RepeatedCompositeFieldContainer[BeginWithBlocks]
+    def __init__(self, step: _Optional[int] = ..., entries: _Optional[_Iterable[_Union[StepEntry, _Mapping]]] = ..., closed: _Optional[_Iterable[int]] = ..., put_back: _Optional[_Iterable[int]] = ..., keeps: _Optional[_Iterable[_Union[KeepBlocks, _Mapping]]] = ..., begins: _Optional[_Iterable[_Union[BeginWithBlocks, _Mapping]]] = ...) -> None: ...
+
+class KeepBlocks(_message.Message):
+    __slots__ = ("session", "first", "blocks")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    session: int
+    first: int
+    blocks: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, session: _Optional[int] = ..., first: _Optional[int] = ..., blocks: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class BeginWithBlocks(_message.Message):
+    __slots__ = ("session", "blocks")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    session: int
+    blocks: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, session: _Optional[int] = ..., blocks: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StepEntry(_message.Message):
     __slots__ = ("session", "start", "count", "draw")
@@ -167,20 +189,22 @@ class SessionRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[_identity_pb2.Hello, _Mapping]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("request_id", "prompt", "max_tokens", "sampling", "stop_ids", "grammar")
+    __slots__ = ("request_id", "prompt", "max_tokens", "sampling", "stop_ids", "grammar", "tenant")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     STOP_IDS_FIELD_NUMBER: _ClassVar[int]
     GRAMMAR_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
     max_tokens: int
     sampling: Sampling
     stop_ids: _containers.RepeatedScalarFieldContainer[int]
     grammar: str
-    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stop_ids: _Optional[_Iterable[int]] = ..., grammar: _Optional[str] = ...) -> None: ...
+    tenant: str
+    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stop_ids: _Optional[_Iterable[int]] = ..., grammar: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ()
@@ -239,10 +263,12 @@ class Accepted(_message.Message):
     def __init__(self, numeric_class: _Optional[str] = ...) -> None: ...
 
 class Tokens(_message.Message):
-    __slots__ = ("tokens",)
+    __slots__ = ("tokens", "cached_tokens")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     tokens: _containers.RepeatedCompositeFieldContainer[Token]
-    def __init__(self, tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Token(_message.Message):
     __slots__ = ("id", "logprob", "top")
@@ -263,16 +289,18 @@ class TokenLogprob(_message.Message):
     def __init__(self, id: _Optional[int] = ..., logprob: _Optional[float] = ...) -> None: ...
 
 class Finished(_message.Message):
-    __slots__ = ("reason", "prompt_tokens", "completion_tokens", "timings")
+    __slots__ = ("reason", "prompt_tokens", "completion_tokens", "timings", "cached_tokens")
     REASON_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
     timings: Timings
-    def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("wall_s", "queue_s", "compute_s", "exchange_s", "seal_s", "sample_s", "other_s", "ttft_s")

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from ganglion.agent.executor.embedding import EmbeddingTable
 from ganglion.agent.executor.executor import Executor
 from ganglion.agent.executor.loader import load_shard, start_runtime
+from ganglion.agent.executor.prefix_blocks import Begin, Keep
 from ganglion.agent.store import PieceStore
 from ganglion.partitioner.cut import numeric_class, partition
 from ganglion.wire.errors import Corrupt, Exhausted, InvalidDocument, ProtocolViolation
@@ -50,7 +51,15 @@ class Cut:
             cut_evenly(self.manifest, weights),
         )
 
-    def executors(self, weights: Sequence[float] = (1,), *, sessions: int = 64, context: int = 0, chunk: int = 64):
+    def executors(
+        self,
+        weights: Sequence[float] = (1,),
+        *,
+        sessions: int = 64,
+        context: int = 0,
+        chunk: int = 64,
+        prefix_tokens: int = 0,
+    ):
         start_runtime(1)
         shares = tuple(
             Share(device=letter * 26, heads=cut.heads, columns=cut.columns, vocab=cut.vocab)
@@ -66,6 +75,7 @@ class Cut:
             chunk=chunk,
             stages=(stage,),
             threads={},
+            prefix_tokens=prefix_tokens,
         )
         self.opened += 1
         found = []
@@ -215,6 +225,52 @@ def test_steps_that_no_scheduler_makes_are_refused(cuts):
     together.step([(2, 0, 1)], IDS[:1])
     with pytest.raises(Exhausted, match="2 sessions"):
         together.executors[0].begin([(3, 0, 1)])
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int4"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_f3_logits_after_kept_blocks_are_those_of_a_whole_run(cuts, shape, weights):
+    """The blocks of two sessions make a third's beginning; an odd number of rows pads, and the pad is never kept."""
+    cut, ids = cuts(shape, weights), (IDS * 2)[:89]
+    expected, _ = cut.reference().forward(ids)
+    for shares in ([1], [3, 1], [1, 0, 1]):
+        together = cut.executors(shares, chunk=96, prefix_tokens=96)
+        together.sequence(ids[:33], [33], 1)
+        for one in together.executors:
+            one.prepare([Keep(1, 0, (2,))], [1], [Begin(2, (2,))])
+        assert np.array_equal(together.step([(2, 32, 35)], ids[32:67]), expected[32:67])
+        for one in together.executors:
+            one.prepare([Keep(2, 1, (0,))], [2], [Begin(3, (2, 0))])
+            assert (one.sessions, one.kv_bytes > 0) == (1, one._shard.segments[0].groups > 0)
+        assert np.array_equal(together.step([(3, 64, 25)], ids[64:]), expected[64:])
+
+
+def test_blocks_that_no_lead_names_are_refused(cuts):
+    one = cuts("llama").executors([1], sessions=2, context=128, prefix_tokens=96)
+    one.sequence(IDS, [60], 1)
+    executor = one.executors[0]
+    executor.prepare([Keep(1, 0, (1,))], [], [])
+    kept = executor._prefixes._blocks[1].copy()
+    for keeps, begins, words in (
+        ([Keep(1, 0, (3,))], [], "block 3; the plan has 3"),
+        ([Keep(1, 1, (0,))], [], "60 tokens"),
+        ([Keep(1, 2**40, (0,))], [], "60 tokens"),
+        ([Keep(1, 0, ())], [], "blocks 0..0"),
+        ([Keep(9, 0, (0,))], [], "session 9"),
+        ([], [Begin(2, (0,))], "block 0 holds nothing"),
+        ([], [Begin(2, (4,))], "block 4 holds nothing"),
+        ([], [Begin(2, (1,) * 4)], "128 tokens"),
+        ([], [Begin(2, ())], "0 tokens"),
+        ([], [Begin(1, (1,))], "session 1"),
+    ):
+        with pytest.raises(ProtocolViolation, match=words):
+            executor.prepare(keeps, [], begins)
+        executor.close(2)
+    executor.prepare([], [], [Begin(2, (1, 1, 1))])
+    with pytest.raises(Exhausted, match="2 sessions"):
+        executor.prepare([], [], [Begin(3, (1,))])
+    assert np.array_equal(executor._prefixes._blocks[1], kept)
+    assert list(executor._prefixes._blocks) == [1]
 
 
 def test_a_graph_that_is_not_the_contracts_is_corrupt(cuts, tmp_path):

@@ -56,6 +56,22 @@ def test_a_session_waits_until_one_closes():
     assert scheduler.next_step() == Step(2, (Entry(3, 0, 1, True),), (1,))
 
 
+def test_what_a_session_begins_with_is_asked_as_it_is_admitted():
+    found = {1: 0, 2: 4, 3: 2}
+    asked = []
+    scheduler = Scheduler(chunk=4, sessions=2, begin=lambda session: asked.append(session) or found[session])
+    for session in (1, 2, 3):
+        scheduler.open(session, 6)
+    assert (asked, scheduler.held(2)) == ([], 0)
+    assert scheduler.next_step() == Step(1, (Entry(1, 0, 4, False),), ())
+    assert (asked, scheduler.held(1), scheduler.held(2)) == ([1, 2], 4, 4)  # 2 had no room, and has its beginning
+    assert scheduler.next_step() == Step(2, (Entry(1, 4, 2, True), Entry(2, 4, 2, True)), ())
+    scheduler.close(1)
+    assert scheduler.held(1) == 0
+    assert scheduler.next_step() == Step(3, (Entry(3, 2, 4, True),), (1,))
+    assert asked == [1, 2, 3]
+
+
 def test_a_full_queue_refuses():
     scheduler = Scheduler(chunk=8, sessions=1, kv_tokens=4096)
     for session in range(1 + SESSIONS_QUEUED):

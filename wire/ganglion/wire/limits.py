@@ -37,6 +37,7 @@ STOP_STRINGS: Final = 16
 STOP_STRING_CHARACTERS: Final = 256
 TOP_LOGPROBS: Final = 20
 LOGIT_BIASES: Final = 1024  # tokens of one session
+TENANT_BYTES: Final = 64  # of the name that keeps one client's prompts from another's
 GRAMMAR_BYTES: Final = 256 << 10  # of llguidance's JSON; chains of its rules fit the compiling thread's stack
 GRAMMAR_RULES: Final = 500  # of Lark: the time to compile a chain of token rules grows with its square
 GRAMMAR_COMPILE_S: Final = 5.0  # and for the first mask

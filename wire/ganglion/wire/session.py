@@ -136,17 +136,18 @@ def _parse_event(body: bytes) -> lane_pb2.SessionEvent:
 
 # node id of the caller -> its record, or raises a refusal
 AcceptGateway = Callable[[str, str, int], VerifiedRecord]
-# the events of one session; closed (a cancellation at its await) as soon as the client leaves or cancels
-OnSession = Callable[[lane_pb2.Open], AsyncGenerator[lane_pb2.SessionEvent, None]]
+# the events of one session of the gateway of this node id; closed (a cancellation at its await) as soon as the client
+# leaves or cancels
+OnSession = Callable[[lane_pb2.Open, str], AsyncGenerator[lane_pb2.SessionEvent, None]]
 
 
 class SessionServicer:
     """The lead's side.
 
     `accept(node_id, deployment, epoch)` returns the gateway's verified record, or raises PermissionDenied, Conflict.
-    `on_session(open)` is an async generator of events, the last of them Finished; an error that it raises becomes
-    Failed. When the client leaves or cancels, the generator is cancelled where it waits, at once; its `finally` frees
-    the session.
+    `on_session(open, node_id)` is an async generator of events, the last of them Finished; an error that it raises
+    becomes Failed. When the client leaves or cancels, the generator is cancelled where it waits, at once; its `finally`
+    frees the session.
     """
 
     def __init__(self, identity: Identity, accept: AcceptGateway, on_session: OnSession) -> None:
@@ -171,7 +172,7 @@ class SessionServicer:
         request = await self._request(end)
         if request.WhichOneof("body") != "open":
             raise ProtocolViolation("a session begins with Open")
-        serving = asyncio.create_task(self._serve(end, request.open))
+        serving = asyncio.create_task(self._serve(end, request.open, node_id))
         leaving = asyncio.create_task(self._until_cancelled(end))
         try:
             await asyncio.wait({serving, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -195,8 +196,8 @@ class SessionServicer:
         except GanglionError:
             return
 
-    async def _serve(self, end: _End, request: lane_pb2.Open) -> None:
-        events = self._on_session(request)
+    async def _serve(self, end: _End, request: lane_pb2.Open, node_id: str) -> None:
+        events = self._on_session(request, node_id)
         try:
             async for event in events:
                 await end.send(_EVENT, event.SerializeToString())

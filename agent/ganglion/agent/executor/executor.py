@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from ganglion.agent.executor.buffers import Delta, Rows, as_value
 from ganglion.agent.executor.kv import KeyValueLedger, SessionState
 from ganglion.agent.executor.loader import LoadedSegment, Shard
+from ganglion.agent.executor.prefix_blocks import Begin, Keep, PrefixBlocks
 from ganglion.wire.errors import Corrupt, Exhausted, InvalidDocument, ProtocolViolation
-from ganglion.wire.nouns import EXACT_POSITIONS, Manifest, Plan, RopeTable
+from ganglion.wire.nouns import EXACT_POSITIONS, PREFIX_BLOCK_TOKENS, Manifest, Plan, RopeTable
 from ganglion.wire.shares import OpenPiece
 
 
@@ -61,6 +62,7 @@ class Executor:
         groups = [shard.segments[index].groups for index in self._attention]
         budget = KeyValueLedger.bytes_per_token(groups, geometry.head_dim) * plan.kv_tokens
         self._ledger = KeyValueLedger(groups, geometry.head_dim, budget)
+        self._prefixes = PrefixBlocks(plan.prefix_tokens // PREFIX_BLOCK_TOKENS)
         capacity = max(plan.chunk, plan.sessions)
         self._buffers = Rows(capacity, geometry.hidden, shard.segments, exact=self._exact)
         self._head_rows = Rows(plan.sessions, geometry.hidden, exact=self._exact)
@@ -95,6 +97,34 @@ class Executor:
         self._ledger.close(session)
         self._bound.pop(session, None)
 
+    def prepare(self, keeps: Sequence[Keep], closed: Sequence[int], begins: Sequence[Begin]) -> None:
+        """What a step does to sessions before its rows: blocks are kept, sessions closed, others begun from blocks.
+
+        Raises ProtocolViolation for what no lead of this plan says, Exhausted without room.
+        """
+        for keep in keeps:
+            self._prefixes.keep(self._held(keep.session), keep.first, keep.blocks)
+        for session in closed:
+            self.close(session)
+        for begin in begins:
+            tokens = len(begin.blocks) * PREFIX_BLOCK_TOKENS
+            if self._ledger.get(begin.session) is not None or not 0 < tokens < self._plan.context:
+                raise ProtocolViolation(f"session {begin.session} begins with {tokens} tokens of its prompt")
+            state = self._open(begin.session)
+            self._ledger.reserve(state, tokens)
+            self._prefixes.copy_to(state, begin.blocks)
+
+    def _held(self, session: int) -> SessionState:
+        state = self._ledger.get(session)
+        if state is None:
+            raise ProtocolViolation(f"session {session} is to leave blocks and is not open")
+        return state
+
+    def _open(self, session: int) -> SessionState:
+        if len(self._ledger) >= self._plan.sessions:
+            raise Exhausted(f"{len(self._ledger)} sessions are open, the plan allows {self._plan.sessions}")
+        return self._ledger.open(session)
+
     def begin(self, entries: Sequence[tuple[int, int, int]]) -> Batch:
         """A batch for entries (session, start, count), with delta zero and sessions of start 0 opened.
 
@@ -115,9 +145,7 @@ class Executor:
         if state is None:
             if start != 0:
                 raise ProtocolViolation(f"session {session} begins at token {start}")
-            if len(self._ledger) >= self._plan.sessions:
-                raise Exhausted(f"{len(self._ledger)} sessions are open, the plan allows {self._plan.sessions}")
-            state = self._ledger.open(session)
+            state = self._open(session)
         end = start + count + (count % 2 if self._exact else 0)
         if count < 1 or start > state.held or end > self._plan.context:
             raise ProtocolViolation(

@@ -12,11 +12,13 @@ from google.protobuf.message import DecodeError
 
 from ganglion.agent.executor.embedding import EmbeddingTable
 from ganglion.agent.executor.executor import Batch
+from ganglion.agent.executor.prefix_blocks import Begin, Keep
 from ganglion.agent.lead.adjusting import NO_ADJUSTMENTS, Adjustments, VocabShare
 from ganglion.agent.lead.candidates import Answer, from_message
 from ganglion.agent.lead.draw import Draw, write_draw
 from ganglion.agent.lead.grammar import Grammars
 from ganglion.agent.lead.pace import Pace
+from ganglion.agent.lead.prefix import PrefixCache, root_of
 from ganglion.agent.lead.sampler import Drawn, draw_token
 from ganglion.agent.lead.scheduler import Entry, Scheduler, Step
 from ganglion.agent.lead.session import Session, parse_open
@@ -99,8 +101,11 @@ class Lead:
         self._beat = beat
         self._grammars = grammars
         self._longest = LongestRun(runner.executor.weights_bytes)
-        self._scheduler = Scheduler(chunk=plan.chunk, sessions=plan.sessions, kv_tokens=plan.kv_tokens)
+        self._scheduler = Scheduler(
+            chunk=plan.chunk, sessions=plan.sessions, kv_tokens=plan.kv_tokens, begin=self._begin
+        )
         self._pace = Pace()
+        self._prefixes = PrefixCache(plan.prefix_tokens)
         self._sessions: dict[int, Session] = {}
         self._admitted: set[int] = set()
         self._numbers = 0
@@ -110,8 +115,8 @@ class Lead:
 
     # Sessions.
 
-    async def serve(self, message: lane_pb2.Open) -> AsyncGenerator[lane_pb2.SessionEvent, None]:
-        """Events of one session; closing the generator cancels it on every device.
+    async def serve(self, message: lane_pb2.Open, gateway: str) -> AsyncGenerator[lane_pb2.SessionEvent, None]:
+        """Events of one session of the gateway of this node id; closing the generator cancels it on every device.
 
         Raises InvalidRequest, ContextExceeded, Exhausted (the queue is full), what `Grammars.compile` raises, and what
         ended the session.
@@ -126,8 +131,10 @@ class Lead:
                 raise self._over
         self._numbers += 1
         session = Session(self._numbers, request, constraint)
-        self._scheduler.open(session.number, len(request.prompt))
+        root = root_of(gateway.encode(), request.tenant.encode())
+        self._scheduler.open(session.number, len(request.prompt), client=root.hex())
         self._sessions[session.number] = session
+        self._prefixes.open(session.number, root)
         self._work.set()
         try:
             accepted = lane_pb2.Accepted(numeric_class=self._manifest.numeric_class.name)
@@ -138,11 +145,25 @@ class Lead:
         finally:
             self._close(session)
 
+    def _begin(self, number: int) -> int:
+        """A session is admitted: what it begins with of its tokens (some were drawn, if it was put back)."""
+        session = self._sessions[number]
+        found = self._prefixes.begin(number, session.ids)
+        if len(session.ids) == len(session.request.prompt):
+            session.cached_tokens = found
+        return found
+
+    def _ran(self, session: Session) -> None:
+        """Keep what was run of a session for later ones."""
+        self._prefixes.ran(session.number, session.ids, self._scheduler.held(session.number))
+
     def _close(self, session: Session) -> None:
         """Free a session wherever it is; its key-value state goes with the next step."""
         session.ended = True
         self._admitted.discard(session.number)
         if self._sessions.pop(session.number, None) is not None:
+            self._ran(session)
+            self._prefixes.close(session.number)
             self._scheduler.close(session.number)
             self._work.set()
 
@@ -174,9 +195,11 @@ class Lead:
         before = time.perf_counter()
         drawing = [_Drawing(running[entry.session], entry, self._vocab) for entry in step.entries if entry.draws]
         self._sample_s += time.perf_counter() - before
-        await self._announce(step, drawing)
-        for number in (*step.closed, *step.put_back):
-            executor.close(number)
+        keeps, begins = self._prefixes.take()
+        await self._announce(step, keeps, begins, drawing)
+        before = time.perf_counter()
+        executor.prepare(keeps, (*step.closed, *step.put_back), begins)
+        runner.meter.compute_s += time.perf_counter() - before
         if not step.entries:
             self._beat.end(executor.sessions, executor.kv_bytes)
             return
@@ -194,13 +217,22 @@ class Lead:
         self._pace.measured(step.decoding, step.rows - step.decoding, took_s)
         self._beat.end(executor.sessions, executor.kv_bytes)
 
-    async def _announce(self, step: Step, drawing: Sequence[_Drawing]) -> None:
+    async def _announce(
+        self, step: Step, keeps: Sequence[Keep], begins: Sequence[Begin], drawing: Sequence[_Drawing]
+    ) -> None:
         if not self._lanes:
             return
         before = time.perf_counter()
-        same = None if any(one.newer for one in drawing) else _announcement(step, drawing, None, self._vocab)
+        told = lane_pb2.Step(
+            step=step.number,
+            closed=step.closed,
+            put_back=step.put_back,
+            keeps=[lane_pb2.KeepBlocks(session=one.session, first=one.first, blocks=one.blocks) for one in keeps],
+            begins=[lane_pb2.BeginWithBlocks(session=one.session, blocks=one.blocks) for one in begins],
+        )
+        same = None if any(one.newer for one in drawing) else _announcement(told, step, drawing, None, self._vocab)
         for rank, lane in self._lanes.items():
-            payload = same or _announcement(step, drawing, rank, self._vocab)
+            payload = same or _announcement(told, step, drawing, rank, self._vocab)
             await lane.send_message(Kind.STEP, step.number, payload)
         self._runner.meter.exchange_s += time.perf_counter() - before
 
@@ -273,6 +305,7 @@ class Lead:
         if session.ended:
             return
         if isinstance(drawn, GanglionError):
+            self._prefixes.distrust(session.number)
             session.fail(drawn)
             self._close(session)
             return
@@ -285,6 +318,7 @@ class Lead:
             self._close(session)
             return
         if reason is None:
+            self._ran(session)
             self._scheduler.drawn(session.number)
         else:
             session.finish(reason)
@@ -318,13 +352,15 @@ class Lead:
                 spent.queue_s += now.wall - before.wall
 
 
-def _announcement(step: Step, drawing: Sequence[_Drawing], rank: int | None, vocab: Mapping[int, VocabShare]) -> bytes:
-    """The step as it is told to the device of `rank`; None: to every device, when no draw adjusts anything."""
+def _announcement(
+    told: lane_pb2.Step, step: Step, drawing: Sequence[_Drawing], rank: int | None, vocab: Mapping[int, VocabShare]
+) -> bytes:
+    """`told` with the entries, as the device of `rank` hears it; None: every device, when no draw adjusts anything."""
     asked = {one.entry.session: one for one in drawing}
-    message = lane_pb2.Step(step=step.number, closed=step.closed, put_back=step.put_back)
+    del told.entries[:]
     for entry in step.entries:
-        announced = message.entries.add(session=entry.session, start=entry.start, count=entry.count)
+        announced = told.entries.add(session=entry.session, start=entry.start, count=entry.count)
         draws = asked.get(entry.session)
         if draws is not None:
             draws.write(rank, vocab, announced.draw)
-    return message.SerializeToString()
+    return told.SerializeToString()

@@ -9,6 +9,7 @@ nobody by more than the rows that a step takes beside decoding ones, and no clie
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ganglion.agent.executor.kv import capacity_for
@@ -87,7 +88,11 @@ class Scheduler:
     together, in capacities of `capacity_for`; at least that of one session of a full context.
     """
 
-    def __init__(self, *, chunk: int, sessions: int, kv_tokens: int) -> None:
+    def __init__(
+        self, *, chunk: int, sessions: int, kv_tokens: int, begin: Callable[[int], int] = lambda session: 0
+    ) -> None:
+        """`begin`: called as a session is admitted; how many of its tokens it holds then, fewer than all."""
+        self._begin = begin
         self._chunk = chunk
         self._sessions = sessions
         self._kv_tokens = kv_tokens
@@ -117,6 +122,11 @@ class Scheduler:
                 " try later, or deploy with more --sessions"
             )
         self._queue.append(_Run(session, client, prompt_tokens))
+
+    def held(self, session: int) -> int:
+        """Tokens of an admitted session that have run, those of the last step included; 0 for any other session."""
+        run = self._active.get(session)
+        return run.held if run is not None else 0
 
     def drawn(self, session: int) -> None:
         """A token was drawn for a session that goes on: it is the next row to run."""
@@ -179,6 +189,7 @@ class Scheduler:
             self._queue.remove(chosen)
             self._admissions += 1
             chosen.admitted = self._admissions
+            chosen.held = self._begin(chosen.session)
             self._active[chosen.session] = chosen
 
     def _lend(self, run: _Run, count: int, draft: _Draft) -> bool:

@@ -13,19 +13,23 @@ from ganglion.agent.lead.sampling import Sampling, parse_sampling
 from ganglion.agent.lead.steering import Steering
 from ganglion.proto import lane_pb2
 from ganglion.wire.errors import ContextExceeded, Exhausted, GanglionError, InvalidRequest
-from ganglion.wire.limits import EVENTS_QUEUED
+from ganglion.wire.limits import EVENTS_QUEUED, TENANT_BYTES
 from ganglion.wire.nouns import Manifest, Plan
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A checked Open. `limit_tokens`: prompt and answer together never exceed it. `grammar`: "" for none."""
+    """A checked Open. `limit_tokens`: prompt and answer together never exceed it. `grammar`: "" for none.
+
+    `tenant`: whose prompts may share what is kept of them, as the gateway says.
+    """
 
     prompt: tuple[int, ...]
     limit_tokens: int
     sampling: Sampling
     stop_ids: frozenset[int]
     grammar: str
+    tenant: str
 
 
 def parse_open(message: lane_pb2.Open, manifest: Manifest, plan: Plan) -> Request:
@@ -45,10 +49,13 @@ def parse_open(message: lane_pb2.Open, manifest: Manifest, plan: Plan) -> Reques
     if message.max_tokens < 1:
         raise InvalidRequest("max_tokens is 0; use at least 1", param="max_tokens")
     limit = min(len(prompt) + message.max_tokens, plan.context)
+    if len(message.tenant.encode()) > TENANT_BYTES:
+        raise InvalidRequest(f"tenant has {len(message.tenant.encode())} bytes, at most {TENANT_BYTES}", param="tenant")
     stop_ids = frozenset(message.stop_ids)
     if message.grammar:
         stop_ids |= frozenset(manifest.eos_ids)  # how a grammar ends
-    return Request(prompt, limit, parse_sampling(message.sampling, vocab), stop_ids, message.grammar)
+    sampling = parse_sampling(message.sampling, vocab)
+    return Request(prompt, limit, sampling, stop_ids, message.grammar, message.tenant)
 
 
 @dataclass(slots=True)
@@ -73,6 +80,7 @@ class Session:
         self.ids = list(request.prompt)
         self.spent = Spent()
         self.ended = False
+        self.cached_tokens = 0  # of the prompt: those that were not run again
         self._opened = time.perf_counter()
         self._first: float | None = None
         self._queue: asyncio.Queue[lane_pb2.Token | lane_pb2.Finished | GanglionError] = asyncio.Queue()
@@ -108,6 +116,7 @@ class Session:
                 reason=reason,
                 prompt_tokens=prompt,
                 completion_tokens=len(self.ids) - prompt,
+                cached_tokens=self.cached_tokens,
                 timings=self._timings(),
             )
         )
@@ -139,7 +148,8 @@ class Session:
                 waiting.append(self._queue.get_nowait())
             tokens = [one for one in waiting if isinstance(one, lane_pb2.Token)]
             if tokens:
-                yield lane_pb2.SessionEvent(tokens=lane_pb2.Tokens(tokens=tokens))
+                drawn = lane_pb2.Tokens(tokens=tokens, cached_tokens=self.cached_tokens)
+                yield lane_pb2.SessionEvent(tokens=drawn)
             last = waiting[-1]
             if isinstance(last, lane_pb2.Finished):
                 yield lane_pb2.SessionEvent(finished=last)

@@ -16,11 +16,21 @@ from ganglion.wire.nouns.manifest import (
     Segment,
     Slot,
 )
-from ganglion.wire.nouns.plan import Candidate, Plan, PlanOptions, PlanReport, Range, Share, Stage
+from ganglion.wire.nouns.plan import (
+    PREFIX_BLOCK_TOKENS,
+    Candidate,
+    Plan,
+    PlanOptions,
+    PlanReport,
+    Range,
+    Share,
+    Stage,
+)
 
 __all__ = [
     "EXACT_POSITIONS",
     "MANIFEST_FORMAT",
+    "PREFIX_BLOCK_TOKENS",
     "WEIGHTS_FILE",
     "Candidate",
     "DeviceProfile",

@@ -12,6 +12,7 @@ from ganglion.wire.nouns.manifest import Count, Digest, NumericClass, Positive
 NodeId = Annotated[str, msgspec.Meta(pattern="^[a-z2-7]{26}$")]
 Topology = Literal["mesh", "star"]
 Payload = Literal["full", "fp16", "int8"]
+PREFIX_BLOCK_TOKENS = 32  # key-value state is kept for later sessions in blocks of so many tokens
 
 
 class Range(Document, frozen=True, array_like=True):
@@ -67,6 +68,8 @@ class Plan(Document, frozen=True, kw_only=True):
     stages: tuple[Stage, ...]
     threads: dict[str, int]  # node id -> intra-op threads
     payload: Payload = "full"  # how partial sums travel; rounded in fast classes only
+    # tokens whose key-value state is kept for later sessions; 0: none
+    prefix_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**24, multiple_of=PREFIX_BLOCK_TOKENS)] = 0
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -91,6 +94,8 @@ class PlanOptions(Document, frozen=True, kw_only=True):
     sessions: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0  # at a time, sharing the memory for up to 4; 0: 16
     chunk: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0  # 0: 256
     private: bool = False  # only devices labelled owner
+    # None: as many as one session's context and 8192, and as fit after weights and sessions; rounded up to whole blocks
+    prefix_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**24)] | None = None
 
 
 class Candidate(Document, frozen=True, kw_only=True):
