@@ -302,7 +302,7 @@ def test_divide_within_memory_against_brute_force(case):
     assert shortage(axes, better, room) is None
     assert [sum(row) for row in better] == [axis.groups for axis in axes]
     assert objective_s(axes, better) <= objective_s(axes, counts)
-    assert objective_s(axes, better) <= 1.5 * best
+    assert objective_s(axes, better) <= 1.5 * best * (1 + 1e-9)  # sums of floats
 
 
 @given(st.integers(1, 64), st.lists(st.floats(0.01, 100), min_size=1, max_size=6), st.integers(0, 1))
