@@ -130,20 +130,26 @@ def kv_capacity_tokens(context: int) -> int:
 
 
 class ModelSize:
-    """Bytes of a manifest as loaded, by layer, axis and group, so that any share is weighed in constant time."""
+    """Bytes of a manifest as loaded, by layer, axis and group, so that any share is weighed in constant time.
+
+    heads, columns: what a share holds, with the layers of prompt tokens where the class mixes formats; heads_read,
+    columns_read: what a generated token reads of it.
+    """
 
     def __init__(self, manifest: Manifest) -> None:
         geometry = manifest.geometry
         self.geometry = geometry
         self.segments = [len(layer.segments) for layer in manifest.layers]
         self._layers = manifest.layers
-        self.heads = AxisBytes([_of_axis(layer.segments, "heads") for layer in manifest.layers], geometry.head_groups)
-        self.columns = AxisBytes(
-            [_of_axis(layer.segments, "columns") for layer in manifest.layers], geometry.column_groups
+        read = [layer.segments for layer in manifest.layers]
+        prompts = [layer.segments for layer in manifest.prompt_layers] or [()] * len(read)
+        held = [(*segments, *more) for segments, more in zip(read, prompts, strict=True)]
+        groups = {"heads": geometry.head_groups, "columns": geometry.column_groups}
+        self.heads, self.columns = (AxisBytes([_of_axis(one, axis) for one in held], groups[axis]) for axis in groups)
+        self.heads_read, self.columns_read = (
+            AxisBytes([_of_axis(one, axis) for one in read], groups[axis], active=True) for axis in groups
         )
-        self.columns_read = AxisBytes(
-            [_of_axis(layer.segments, "columns") for layer in manifest.layers], geometry.column_groups, active=True
-        )
+        self.mixed = bool(manifest.prompt_layers)
         self.vocab = AxisBytes([(manifest.head,)], geometry.vocab_groups)
         self._experts = max((segment.experts for layer in manifest.layers for segment in layer.segments), default=0)
         self.weights_factor = MIXTURE_WEIGHTS_FACTOR if self._experts else WEIGHTS_FACTOR
