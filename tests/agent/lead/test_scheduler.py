@@ -58,10 +58,29 @@ def test_a_full_queue_refuses():
         scheduler.open(99, 1)
 
 
+def test_where_formats_mix_steps_of_both_roles_take_turns():
+    scheduler = Scheduler(chunk=4, sessions=3, mixed=True)
+    scheduler.open(1, 2)
+    assert scheduler.next_step() == Step(1, (Entry(1, 0, 2, True),), (), "prompt")
+    scheduler.drawn(1)
+    scheduler.open(2, 9)
+    scheduler.open(3, 1)
+    assert scheduler.next_step() == Step(2, (Entry(1, 2, 1, True),), (), "generated")
+    scheduler.drawn(1)
+    assert scheduler.next_step() == Step(3, (Entry(3, 0, 1, True), Entry(2, 0, 3, False)), (), "prompt")
+    scheduler.drawn(3)
+    assert scheduler.next_step() == Step(4, (Entry(1, 3, 1, True), Entry(3, 1, 1, True)), (), "generated")
+    scheduler.close(1)
+    scheduler.close(3)
+    assert scheduler.next_step() == Step(5, (Entry(2, 3, 4, False),), (1, 3), "prompt")
+    assert scheduler.next_step() == Step(6, (Entry(2, 7, 2, True),), (), "prompt")
+    assert scheduler.next_step() is None
+
+
 @given(st.data())
 def test_every_row_runs_once_in_order(data):
-    chunk, sessions = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 4))
-    scheduler = Scheduler(chunk=chunk, sessions=sessions)
+    chunk, sessions, mixed = data.draw(st.tuples(st.integers(1, 7), st.integers(1, 4), st.booleans()))
+    scheduler = Scheduler(chunk=chunk, sessions=sessions, mixed=mixed)
     wanted = {one: data.draw(st.tuples(st.integers(1, 20), st.integers(1, 6))) for one in range(6)}
     left = {one: answer for one, (_, answer) in wanted.items()}
     held = dict.fromkeys(wanted, 0)
@@ -76,6 +95,9 @@ def test_every_row_runs_once_in_order(data):
         assert len({entry.session for entry in step.entries}) == len(step.entries) <= sessions
         for entry in step.entries:
             assert entry.start == held[entry.session]
+            prompt = wanted[entry.session][0]
+            alike = entry.start + entry.count <= prompt if entry.start < prompt else step.role == "generated"
+            assert alike and (step.role == "prompt") == (entry.start < prompt) if mixed else step.role == "any"
             held[entry.session] += entry.count
             known = wanted[entry.session][0] + wanted[entry.session][1] - left[entry.session]
             assert entry.draws == (held[entry.session] == known)

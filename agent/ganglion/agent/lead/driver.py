@@ -19,6 +19,7 @@ from ganglion.agent.lead.grammar import Grammars
 from ganglion.agent.lead.sampler import Drawn, draw_token
 from ganglion.agent.lead.scheduler import Entry, Scheduler, Step
 from ganglion.agent.lead.session import Session, parse_open
+from ganglion.agent.roles import to_number
 from ganglion.agent.worker_beat import Beat, LongestRun
 from ganglion.agent.worker_stage import StageRunner
 from ganglion.proto import lane_pb2
@@ -98,7 +99,8 @@ class Lead:
         self._beat = beat
         self._grammars = grammars
         self._longest = LongestRun(runner.executor.weights_bytes)
-        self._scheduler = Scheduler(chunk=plan.chunk, sessions=plan.sessions)
+        mixed = bool(manifest.numeric_class.prompt)
+        self._scheduler = Scheduler(chunk=plan.chunk, sessions=plan.sessions, mixed=mixed)
         self._sessions: dict[int, Session] = {}
         self._admitted: set[int] = set()
         self._numbers = 0
@@ -178,7 +180,7 @@ class Lead:
         if not step.entries:
             self._beat.end(executor.sessions, executor.kv_bytes)
             return
-        batch = executor.begin([(entry.session, entry.start, entry.count) for entry in step.entries])
+        batch = executor.begin([(entry.session, entry.start, entry.count) for entry in step.entries], step.role)
         self._beat.begin(self._longest.announce(step.rows), executor.sessions, executor.kv_bytes)
         ids = [running[one.session].ids[one.start : one.start + one.count] for one in step.entries]
         self._embedding.rows([token for some in ids for token in some], executor.residual(batch))
@@ -317,7 +319,7 @@ class Lead:
 def _announcement(step: Step, drawing: Sequence[_Drawing], rank: int | None, vocab: Mapping[int, VocabShare]) -> bytes:
     """The step as it is told to the device of `rank`; None: to every device, when no draw adjusts anything."""
     asked = {one.entry.session: one for one in drawing}
-    message = lane_pb2.Step(step=step.number, closed=step.closed)
+    message = lane_pb2.Step(step=step.number, closed=step.closed, role=to_number(step.role))
     for entry in step.entries:
         announced = message.entries.add(session=entry.session, start=entry.start, count=entry.count)
         draws = asked.get(entry.session)
