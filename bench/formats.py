@@ -68,7 +68,8 @@ class Loaded:
     def _step(self, start: int, count: int, role: Role) -> None:
         executor = self.executor
         batch = executor.begin([(1, start, count)], role if self.mixed else "any")
-        self.embedding.rows([(7 * at + 11) % self.vocab for at in range(start, start + count)], executor.residual(batch))
+        ids = [(7 * at + 11) % self.vocab for at in range(start, start + count)]
+        self.embedding.rows(ids, executor.residual(batch))
         for index in range(executor.segments):
             executor.run(batch, index)
         executor.logits(batch, [count - 1])
@@ -119,7 +120,8 @@ def main() -> None:
         for _ in range(chosen.rounds):
             for one, rounds in zip(loaded, found, strict=True):
                 rounds.append(one.round(chosen.prompt, chosen.tokens))
-    table = Table("class", "chunk", f"prompt of {chosen.prompt}, ms", "tokens/s", "ms/token", "weights MB", "resident MB")
+    heads = ("class", "chunk", f"prompt of {chosen.prompt}, ms", "tokens/s", "ms/token", "weights MB", "resident MB")
+    table = Table(*heads)
     for one, rounds in zip(loaded, found, strict=True):
         prompt_ms, token_ms = (statistics.median(part) for part in zip(*rounds, strict=True))
         rate = chosen.prompt / prompt_ms * 1e3

@@ -196,7 +196,7 @@ class Manifest(Document, frozen=True, kw_only=True):
         if bool(self.prompt_layers) != bool(self.numeric_class.prompt):
             raise ValueError(f"{len(self.prompt_layers)} prompt layers in class {self.numeric_class.name}")
         if self.prompt_layers and list(map(_outline, self.layers)) != list(map(_outline, self.prompt_layers)):
-            raise ValueError("prompt layers: their segments differ from those of the layers in more than kind and slots")
+            raise ValueError("prompt layers: segments differ from those of the layers in more than kind and slots")
 
 
 def _outline(layer: Layer) -> list[Segment]:
