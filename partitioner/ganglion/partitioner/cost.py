@@ -15,7 +15,7 @@ from typing import Final, Literal
 import numpy as np
 
 from ganglion.wire.errors import InvalidDocument
-from ganglion.wire.nouns import DeviceProfile, Manifest, NumericClass, Range, Segment
+from ganglion.wire.nouns import DeviceProfile, FormatRate, Manifest, NumericClass, Range, Segment
 
 WEIGHTS_FACTOR: Final = 1.2  # anonymous memory per byte of weights after a default load (notes/onnxruntime.md, Memory)
 MIXTURE_WEIGHTS_FACTOR: Final = 1.4  # QMoE keeps more of what it packs
@@ -105,20 +105,27 @@ def rate_key(numeric_class: NumericClass) -> str:
     return f"{kind}-{numeric_class.block}" if numeric_class.block else kind
 
 
-def decode_rate(profile: DeviceProfile, numeric_class: NumericClass) -> float:
-    """Weight bytes per second of a one-row product in this class; 0 when nothing was measured.
-
-    A block size without a figure of its own takes the slowest figure of its format, then half the memory bandwidth.
-    """
-    exact = profile.rates.get(rate_key(numeric_class))
+def rate_of(profile: DeviceProfile, numeric_class: NumericClass) -> FormatRate | None:
+    """What was measured of a class; of a block size without a figure of its own the slowest of its format."""
+    key = rate_key(numeric_class)
+    exact = profile.rates.get(key)
     if exact is not None and exact.decode_bytes_per_s > 0:
-        return exact.decode_bytes_per_s
+        return exact
     kin = [
-        rate.decode_bytes_per_s
-        for key, rate in profile.rates.items()
-        if key.split("-", 1)[0] == rate_key(numeric_class).split("-", 1)[0] and rate.decode_bytes_per_s > 0
+        rate
+        for other, rate in profile.rates.items()
+        if other.split("-", 1)[0] == key.split("-", 1)[0] and rate.decode_bytes_per_s > 0
     ]
-    return min(kin) if kin else profile.memory_bytes_per_s / 2
+    return min(kin, key=lambda rate: rate.decode_bytes_per_s, default=None)
+
+
+def decode_rate(profile: DeviceProfile, numeric_class: NumericClass) -> float:
+    """Weight bytes per second of a one-row product in this class, generated tokens' where it mixes formats.
+
+    Half the memory bandwidth where no figure of its format was measured; 0 when nothing was.
+    """
+    measured = rate_of(profile, numeric_class)
+    return measured.decode_bytes_per_s if measured is not None else profile.memory_bytes_per_s / 2
 
 
 def kv_capacity_tokens(context: int) -> int:

@@ -1,6 +1,6 @@
 """The shared nouns: frozen types that every room speaks of. Importing them loads neither grpc nor cryptography."""
 
-from ganglion.wire.nouns.device import DeviceProfile, FormatRate
+from ganglion.wire.nouns.device import BATCH_ROWS, PREFILL_ROWS, DeviceProfile, FormatRate
 from ganglion.wire.nouns.document import Document, digest, from_json, to_json
 from ganglion.wire.nouns.manifest import (
     EXACT_POSITIONS,
@@ -19,8 +19,10 @@ from ganglion.wire.nouns.manifest import (
 from ganglion.wire.nouns.plan import Candidate, Plan, PlanOptions, PlanReport, Range, Share, Stage
 
 __all__ = [
+    "BATCH_ROWS",
     "EXACT_POSITIONS",
     "MANIFEST_FORMAT",
+    "PREFILL_ROWS",
     "WEIGHTS_FILE",
     "Candidate",
     "DeviceProfile",
