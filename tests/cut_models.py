@@ -27,7 +27,8 @@ class CutModel:
 
     def check_graphs(self) -> dict[str, Segment]:
         """Have an agent's scan of foreign graphs accept each one; the segments by kind."""
-        segments = {one.kind: one for layer in self.manifest.layers for one in layer.segments}
+        layers = (*self.manifest.layers, *self.manifest.prompt_layers)
+        segments = {one.kind: one for layer in layers for one in layer.segments}
         segments[self.manifest.head.kind] = self.manifest.head
         for graph, refs in self.manifest.graphs.items():
             kind, count = graph.split("/")

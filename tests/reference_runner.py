@@ -76,7 +76,7 @@ class Runner:
         self.threads = threads
         self.sessions: dict[tuple[int, int, int], list[ort.InferenceSession]] = {}
         for rank, share in enumerate(self.shares):
-            for layer, entry in enumerate(manifest.layers):
+            for layer, entry in enumerate((*manifest.layers, *manifest.prompt_layers)):
                 for half, segment in enumerate(entry.segments):
                     self._open((rank, layer, half), segment, self._range(share, segment))
             self._open((rank, -1, 0), manifest.head, share.vocab)
@@ -88,8 +88,14 @@ class Runner:
             ]
         self.caches: dict[tuple[int, int], list[Floats]] = {}
 
-    def forward(self, ids: Sequence[int], chunks: Sequence[int] | None = None) -> tuple[Floats, Floats]:
-        """Run `ids` from position 0 in chunks of the given sizes: (logits [T, vocab], hidden [T, hidden])."""
+    def forward(
+        self, ids: Sequence[int], chunks: Sequence[int] | None = None, *, prompt: int | None = None
+    ) -> tuple[Floats, Floats]:
+        """Run `ids` from position 0 in chunks of the given sizes: (logits [T, vocab], hidden [T, hidden]).
+
+        prompt: where formats mix, how many of `ids` are the prompt (None: all); no chunk may hold tokens of both roles.
+        """
+        prompt = len(ids) if prompt is None or not self.manifest.prompt_layers else prompt
         g = self.manifest.geometry
         capacity = max(len(ids) + 1, EXACT_POSITIONS)  # exact graphs pad rows
         for rank, share in enumerate(self.shares):
@@ -97,9 +103,10 @@ class Runner:
                 shape = (1, share.heads.count, capacity, g.head_dim)
                 self.caches[rank, layer] = [np.zeros(shape, np.float32), np.zeros(shape, np.float32)]
         logits, hidden, start = [], [], 0
-        for count in chunks or [len(ids)]:
+        for count in chunks or [one for one in (prompt, len(ids) - prompt) if one]:
+            assert start >= prompt or start + count <= prompt
             rows = self._embed(ids[start : start + count])
-            res, delta = self._layers(rows, start)
+            res, delta = self._layers(rows, start, prompt=start < prompt)
             hidden.append(res + delta.astype(np.float32))  # before the last layer's post norm, where it has one
             logits.append(self._head(res, delta))
             start += count
@@ -109,19 +116,21 @@ class Runner:
         """`count` greedy tokens after `ids`, each from a run of everything before it."""
         out: list[int] = []
         for _ in range(count):
-            out.append(int(self.forward([*ids, *out])[0][-1].argmax()))
+            out.append(int(self.forward([*ids, *out], prompt=len(ids))[0][-1].argmax()))
         return out
 
-    def _layers(self, res: Floats, start: int) -> tuple[Floats, Any]:
+    def _layers(self, res: Floats, start: int, *, prompt: bool) -> tuple[Floats, Any]:
+        manifest = self.manifest
+        first = len(manifest.layers) if prompt and manifest.prompt_layers else 0  # as `_open` has numbered them
         delta = np.zeros(res.shape, np.float64 if self.exact else np.float32)
         deltas = [delta] * len(self.shares)  # what each share holds: alike after an exchange
         carried: list[Any] = [None] * len(self.shares)
         number = 0
-        for layer, entry in enumerate(self.manifest.layers):
+        for layer, entry in enumerate(manifest.prompt_layers if first else manifest.layers):
             for half, segment in enumerate(entry.segments):
                 left: list[Any] = []
                 for rank, share in enumerate(self.shares):
-                    sessions = self.sessions.get((rank, layer, half))
+                    sessions = self.sessions.get((rank, first + layer, half))
                     if sessions is None:
                         left.append(None)
                         continue

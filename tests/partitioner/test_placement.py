@@ -303,7 +303,7 @@ def test_divide_within_memory_against_brute_force(case):
     assert shortage(axes, better, room) is None
     assert [sum(row) for row in better] == [axis.groups for axis in axes]
     assert objective_s(axes, better) <= objective_s(axes, counts)
-    assert objective_s(axes, better) <= 1.5 * best
+    assert objective_s(axes, better) <= 1.5 * best * (1 + 1e-9)  # sums of floats
 
 
 @given(st.integers(1, 64), st.lists(st.floats(0.01, 100), min_size=1, max_size=6), st.integers(0, 1))
@@ -331,6 +331,46 @@ def test_model_size_equals_a_plain_sum_over_pieces():
     expected += sum(piece.size for piece in model.head.slots[0].pieces[2:8])
     kv = 3 * 2 * 2 * 64 * 4 * 100
     assert size.share_bytes(layers, heads, columns, vocab, kv_tokens=100) == int(1.2 * expected) + kv
+
+
+def mixed(model: Manifest) -> Manifest:
+    """The same with layers for prompt tokens, twice as large."""
+
+    def larger(slot: Slot) -> Slot:
+        return msgspec.structs.replace(slot, pieces=tuple(ref(2 * piece.size) for piece in slot.pieces))
+
+    def other(segment: Segment) -> Segment:
+        return msgspec.structs.replace(segment, kind=f"{segment.kind}+", slots=tuple(map(larger, segment.slots)))
+
+    return msgspec.structs.replace(
+        model,
+        numeric_class=NumericClass(format="int4", block=32, exact=True, prompt="int8"),
+        prompt_layers=tuple(Layer(segments=tuple(map(other, layer.segments))) for layer in model.layers),
+    )
+
+
+def test_where_formats_mix_both_are_held_and_one_is_read_for_a_token():
+    one, both = manifest(scale=400), mixed(manifest(scale=400))
+    devices = [device(0), device(1)]
+    for options in (PlanOptions(mode="single"), PlanOptions(mode="tensor"), PlanOptions(mode="pipeline")):
+        plain, more = (place(model, devices, all_links(devices, 2e-4), options).candidates[0] for model in (one, both))
+        assert more.ms_per_token == pytest.approx(plain.ms_per_token)
+        added = sum(more.memory_bytes.values()) - sum(plain.memory_bytes.values())
+        layers = sum(
+            piece.size for layer in both.prompt_layers for part in layer.segments for slot in part.slots
+            for piece in slot.pieces
+        )  # fmt: skip
+        assert added == pytest.approx(1.2 * layers, rel=1e-3)
+
+
+def test_what_does_not_hold_both_formats_says_the_way_out():
+    one = manifest(scale=1200)
+    space = [device(0, memory=3 << 29)]
+    options = PlanOptions(context=512, sessions=1)
+    assert place(one, space, {}, options).plan is not None
+    report = place(mixed(one), space, {}, options)
+    assert report.plan is None
+    assert "use int4, which holds the weights once" in report.candidates[0].reason
 
 
 def test_two_equal_devices_on_a_fast_link_split_evenly_and_say_so():

@@ -13,6 +13,7 @@ from ganglion.agent.executor.prefix_blocks import Begin, Keep
 from ganglion.agent.lead.adjusting import NO_ADJUSTMENTS, Adjustments
 from ganglion.agent.lead.candidates import to_message
 from ganglion.agent.lead.draw import Draw, read_draw
+from ganglion.agent.roles import read_role
 from ganglion.agent.worker_beat import Beat, LongestRun
 from ganglion.agent.worker_stage import StageRunner
 from ganglion.proto import lane_pb2
@@ -59,7 +60,8 @@ class Follower:
         if rows == 0:
             self._beat.end(executor.sessions, executor.kv_bytes)
             return
-        batch = executor.begin([(entry.session, entry.start, entry.count) for entry in step.entries])
+        role = read_role(step.role)
+        batch = executor.begin([(entry.session, entry.start, entry.count) for entry in step.entries], role)
         self._beat.begin(self._longest.announce(rows), executor.sessions, executor.kv_bytes)
         began = time.perf_counter()
         await self._runner.forward(step.step, batch)

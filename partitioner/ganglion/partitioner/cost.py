@@ -15,7 +15,7 @@ from typing import Final, Literal
 import numpy as np
 
 from ganglion.wire.errors import InvalidDocument
-from ganglion.wire.nouns import DeviceProfile, Manifest, NumericClass, Range, Segment
+from ganglion.wire.nouns import DeviceProfile, FormatRate, Manifest, NumericClass, Range, Segment
 from ganglion.wire.nouns.plan import Payload
 
 WEIGHTS_FACTOR: Final = 1.2  # anonymous memory per byte of weights after a default load (notes/onnxruntime.md, Memory)
@@ -108,20 +108,27 @@ def rate_key(numeric_class: NumericClass) -> str:
     return f"{kind}-{numeric_class.block}" if numeric_class.block else kind
 
 
-def decode_rate(profile: DeviceProfile, numeric_class: NumericClass) -> float:
-    """Weight bytes per second of a one-row product in this class; 0 when nothing was measured.
-
-    A block size without a figure of its own takes the slowest figure of its format, then half the memory bandwidth.
-    """
-    exact = profile.rates.get(rate_key(numeric_class))
+def rate_of(profile: DeviceProfile, numeric_class: NumericClass) -> FormatRate | None:
+    """What was measured of a class; of a block size without a figure of its own the slowest of its format."""
+    key = rate_key(numeric_class)
+    exact = profile.rates.get(key)
     if exact is not None and exact.decode_bytes_per_s > 0:
-        return exact.decode_bytes_per_s
+        return exact
     kin = [
-        rate.decode_bytes_per_s
-        for key, rate in profile.rates.items()
-        if key.split("-", 1)[0] == rate_key(numeric_class).split("-", 1)[0] and rate.decode_bytes_per_s > 0
+        rate
+        for other, rate in profile.rates.items()
+        if other.split("-", 1)[0] == key.split("-", 1)[0] and rate.decode_bytes_per_s > 0
     ]
-    return min(kin) if kin else profile.memory_bytes_per_s / 2
+    return min(kin, key=lambda rate: rate.decode_bytes_per_s, default=None)
+
+
+def decode_rate(profile: DeviceProfile, numeric_class: NumericClass) -> float:
+    """Weight bytes per second of a one-row product in this class, generated tokens' where it mixes formats.
+
+    Half the memory bandwidth where no figure of its format was measured; 0 when nothing was.
+    """
+    measured = rate_of(profile, numeric_class)
+    return measured.decode_bytes_per_s if measured is not None else profile.memory_bytes_per_s / 2
 
 
 def kv_capacity_tokens(context: int) -> int:
@@ -133,20 +140,26 @@ def kv_capacity_tokens(context: int) -> int:
 
 
 class ModelSize:
-    """Bytes of a manifest as loaded, by layer, axis and group, so that any share is weighed in constant time."""
+    """Bytes of a manifest as loaded, by layer, axis and group, so that any share is weighed in constant time.
+
+    heads, columns: what a share holds, with the layers of prompt tokens where the class mixes formats; heads_read,
+    columns_read: what a generated token reads of it.
+    """
 
     def __init__(self, manifest: Manifest) -> None:
         geometry = manifest.geometry
         self.geometry = geometry
         self.segments = [len(layer.segments) for layer in manifest.layers]
         self._layers = manifest.layers
-        self.heads = AxisBytes([_of_axis(layer.segments, "heads") for layer in manifest.layers], geometry.head_groups)
-        self.columns = AxisBytes(
-            [_of_axis(layer.segments, "columns") for layer in manifest.layers], geometry.column_groups
+        read = [layer.segments for layer in manifest.layers]
+        prompts = [layer.segments for layer in manifest.prompt_layers] or [()] * len(read)
+        held = [(*segments, *more) for segments, more in zip(read, prompts, strict=True)]
+        groups = {"heads": geometry.head_groups, "columns": geometry.column_groups}
+        self.heads, self.columns = (AxisBytes([_of_axis(one, axis) for one in held], groups[axis]) for axis in groups)
+        self.heads_read, self.columns_read = (
+            AxisBytes([_of_axis(one, axis) for one in read], groups[axis], active=True) for axis in groups
         )
-        self.columns_read = AxisBytes(
-            [_of_axis(layer.segments, "columns") for layer in manifest.layers], geometry.column_groups, active=True
-        )
+        self.mixed = bool(manifest.prompt_layers)
         self.vocab = AxisBytes([(manifest.head,)], geometry.vocab_groups)
         self._experts = max((segment.experts for layer in manifest.layers for segment in layer.segments), default=0)
         self.weights_factor = MIXTURE_WEIGHTS_FACTOR if self._experts else WEIGHTS_FACTOR

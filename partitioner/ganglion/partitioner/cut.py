@@ -67,9 +67,10 @@ def partition(
     """
     checkpoint = open_checkpoint(source)
     layout = lay_out(checkpoint, numeric_class, rules)
-    model, split, recipe, last, by_layer = layout.model, layout.split, layout.recipe, layout.head, layout.layers
-    if recipe.numeric_class != numeric_class:
-        raise InvalidRequest(f"numeric class {numeric_class.name}: the checkpoint has {recipe.numeric_class.name}")
+    model, split, last, by_layer = layout.model, layout.split, layout.head, layout.layers
+    if layout.recipe.numeric_class != numeric_class:
+        found = layout.recipe.numeric_class.name
+        raise InvalidRequest(f"numeric class {numeric_class.name}: the checkpoint has {found}")
     embedded = checkpoint.tensor(EMBEDDING, model.vocab, model.hidden)
     # Every tensor is looked up before the first piece is cut: what is missing is known at once.
     read = [
@@ -77,23 +78,25 @@ def partition(
         for plan in (*(plan for layer in by_layer for plan in layer), last)
         for tensor, shape in plan.tensors().items()
     ]
-    cutter = _Cutter(checkpoint, sink, recipe)
+    cutter, of_prompts = _Cutter(checkpoint, sink, layout.recipe), _Cutter(checkpoint, sink, layout.prompt_recipe)
     rows = split.geometry.vocab_group_rows
-    parts = [cutter.embedding_jobs(embedded, rows), *map(cutter.jobs, layout.plans)]
+    # A layer's two sets are cut one after the other: the second finds in memory what the first has read.
+    sets = [(cutter, by_layer), *([(of_prompts, layout.prompt_layers)] if numeric_class.prompt else [])]
+    order = [(by, plan) for layer in range(len(by_layer)) for by, plans in sets for plan in plans[layer]]
+    order.append((cutter, last))
+    parts = [cutter.embedding_jobs(embedded, rows), *(by.jobs(plan) for by, plan in order)]
     jobs = [job for part in parts for job in part]
     meter = _Meter(sum(job.read_bytes for job in jobs), progress)
     with open_journal(sink, source, to_json(numeric_class)) as journal:
         cut = iter(work(jobs, journal, meter.add, threads=threads))
         rows_cut, *segments_cut = [[next(cut) for _ in part] for part in parts]
-        segments = iter(map(cutter.segment, layout.plans, segments_cut))
-        layers = tuple(Layer(segments=tuple(next(segments) for _ in layer)) for layer in by_layer)
-        output = next(segments)
-        kinds: dict[str, tuple[SegmentPlan, Segment]] = {last.kind: (last, output)}
-        for plan_layer, layer in zip(by_layer, layers, strict=True):
-            kinds |= {plan.kind: (plan, segment) for plan, segment in zip(plan_layer, layer.segments, strict=True)}
+        made = [by.segment(plan, pieces) for (by, plan), pieces in zip(order, segments_cut, strict=True)]
+        kinds = {plan.kind: (by.recipe, plan, segment) for (by, plan), segment in zip(order, made, strict=True)}
+        segments = iter(made)
+        layers = [Layer(segments=tuple(next(segments) for _ in layer)) for layer in by_layer for _ in sets]
         graphs = {
             f"{kind}/{count}": tuple(map(sink.put, build_graphs(plan, segment, count, model, recipe)))
-            for kind, (plan, segment) in sorted(kinds.items())
+            for kind, (recipe, plan, segment) in sorted(kinds.items())
             for count in _counts(plan)
         }
         manifest = Manifest(
@@ -104,8 +107,9 @@ def partition(
             numeric_class=numeric_class,
             opset=OPSET,
             geometry=split.geometry,
-            layers=layers,
-            head=output,
+            layers=tuple(layers[:: len(sets)]),
+            prompt_layers=tuple(layers[1::2]) if numeric_class.prompt else (),
+            head=made[-1],
             embedding=Embedding(
                 dtype=embedded.stored, pieces=tuple(ref for ((_, ref),) in rows_cut), scale=model.embedding_scale
             ),

@@ -16,6 +16,7 @@ from ganglion.partitioner.cost import (
     HEAD_LAYER,
     PAYLOADS,
     RUN_S,
+    AxisBytes,
     Device,
     ModelSize,
     Network,
@@ -220,26 +221,24 @@ def _axes(request: Request, parts: Sequence[Slice], rung: Rung) -> tuple[AxisLoa
     kv_tokens = request.kv_tokens(rung)
     one = Range(0, 1)
 
-    def load(held_bytes: int, read_bytes: int, whole_bytes: int, groups: int, *, least: int, kv_s: bool) -> AxisLoad:
-        read = size.kv_bytes(layers, one, tokens=DECODE_DEPTH_TOKENS) if kv_s else 0
-        held = size.kv_bytes(layers, one, tokens=kv_tokens) if kv_s else 0
+    def load(held: AxisBytes, read: AxisBytes, of: Range, groups: int, *, least: int, kv: bool) -> AxisLoad:
+        kv_read = size.kv_bytes(of, one, tokens=DECODE_DEPTH_TOKENS) if kv else 0
+        kv_held = size.kv_bytes(of, one, tokens=kv_tokens) if kv else 0
+        group_bytes, whole_bytes = read.largest_group(of), read.whole(of)
         return AxisLoad(
             groups=groups,
-            each_s=tuple(read_bytes / p.weight_bytes_per_s + read / p.memory_bytes_per_s for p in parts),
+            each_s=tuple(group_bytes / p.weight_bytes_per_s + kv_read / p.memory_bytes_per_s for p in parts),
             fixed_s=tuple(whole_bytes / p.weight_bytes_per_s for p in parts),
-            each_bytes=int(size.weights_factor * held_bytes) + held,
-            fixed_bytes=int(size.weights_factor * whole_bytes),
+            each_bytes=int(size.weights_factor * held.largest_group(of)) + kv_held,
+            fixed_bytes=int(size.weights_factor * held.whole(of)),
             least=least,
         )
 
-    heads, columns, vocab = size.heads, size.columns, size.vocab
     every = int(geometry.head_groups >= len(parts))
-    head, column, row = heads.largest_group(layers), columns.largest_group(layers), vocab.largest_group(HEAD_LAYER)
-    active = size.columns_read.largest_group(layers)
     return (
-        load(head, head, heads.whole(layers), geometry.head_groups, least=every, kv_s=True),
-        load(column, active, columns.whole(layers), geometry.column_groups, least=1, kv_s=False),
-        load(row, row, vocab.whole(HEAD_LAYER), geometry.vocab_groups, least=0, kv_s=False),
+        load(size.heads, size.heads_read, layers, geometry.head_groups, least=every, kv=True),
+        load(size.columns, size.columns_read, layers, geometry.column_groups, least=1, kv=False),
+        load(size.vocab, size.vocab, HEAD_LAYER, geometry.vocab_groups, least=0, kv=False),
     )
 
 
@@ -372,7 +371,7 @@ def _stage_s(size: ModelSize, stage: Stage, parts: dict[str, Slice]) -> float:
     for share in stage.shares:
         part = parts[share.device]
         read = size.kv_bytes(stage.layers, share.heads, tokens=DECODE_DEPTH_TOKENS)
-        weights = size.heads.total(stage.layers, share.heads)
+        weights = size.heads_read.total(stage.layers, share.heads)
         heads_s.append(weights / part.weight_bytes_per_s + read / part.memory_bytes_per_s)
         columns_s.append(size.columns_read.total(stage.layers, share.columns) / part.weight_bytes_per_s)
         vocab_s.append(size.vocab.total(HEAD_LAYER, share.vocab) / part.weight_bytes_per_s)
@@ -401,8 +400,9 @@ def _missing(outcome: Outcome, device: Device, missing_bytes: int, request: Requ
     context, held = request.rungs[-1]
     available = outcome.available_bytes[device.name]
     kept = f", and {request.prefix_tokens} tokens kept (--prefix-tokens)" if request.prefix_tokens else ""
+    way_out = "use int4, which holds the weights once," if request.size.mixed else "use int4,"
     return (
         f"{outcome.title}: {device.name} lacks {missing_bytes / 1e6:.0f} MB beyond its {available / 1e6:.0f} MB, at"
         f" context {context} and key-value memory for {held} of it{kept}: raise its memory budget, lower"
-        " the context, use int4, or add a device"
+        f" the context, {way_out} or add a device"
     )

@@ -7,12 +7,21 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class TokenRole(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TOKEN_ROLE_UNSPECIFIED: _ClassVar[TokenRole]
+    TOKEN_ROLE_PROMPT: _ClassVar[TokenRole]
+    TOKEN_ROLE_GENERATED: _ClassVar[TokenRole]
+
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
     FINISH_REASON_STOP: _ClassVar[FinishReason]
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
     FINISH_REASON_CANCELLED: _ClassVar[FinishReason]
+TOKEN_ROLE_UNSPECIFIED: TokenRole
+TOKEN_ROLE_PROMPT: TokenRole
+TOKEN_ROLE_GENERATED: TokenRole
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -59,20 +68,22 @@ class SocketResult(_message.Message):
     def __init__(self, refused: _Optional[str] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("step", "entries", "closed", "put_back", "keeps", "begins")
+    __slots__ = ("step", "entries", "closed", "put_back", "keeps", "begins", "role")
     STEP_FIELD_NUMBER: _ClassVar[int]
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
     CLOSED_FIELD_NUMBER: _ClassVar[int]
     PUT_BACK_FIELD_NUMBER: _ClassVar[int]
     KEEPS_FIELD_NUMBER: _ClassVar[int]
     BEGINS_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
     step: int
     entries: _containers.RepeatedCompositeFieldContainer[StepEntry]
     closed: _containers.RepeatedScalarFieldContainer[int]
     put_back: _containers.RepeatedScalarFieldContainer[int]
     keeps: _containers.RepeatedCompositeFieldContainer[KeepBlocks]
     begins: _containers.RepeatedCompositeFieldContainer[BeginWithBlocks]
-    def __init__(self, step: _Optional[int] = ..., entries: _Optional[_Iterable[_Union[StepEntry, _Mapping]]] = ..., closed: _Optional[_Iterable[int]] = ..., put_back: _Optional[_Iterable[int]] = ..., keeps: _Optional[_Iterable[_Union[KeepBlocks, _Mapping]]] = ..., begins: _Optional[_Iterable[_Union[BeginWithBlocks, _Mapping]]] = ...) -> None: ...
+    role: TokenRole
+    def __init__(self, step: _Optional[int] = ..., entries: _Optional[_Iterable[_Union[StepEntry, _Mapping]]] = ..., closed: _Optional[_Iterable[int]] = ..., put_back: _Optional[_Iterable[int]] = ..., keeps: _Optional[_Iterable[_Union[KeepBlocks, _Mapping]]] = ..., begins: _Optional[_Iterable[_Union[BeginWithBlocks, _Mapping]]] = ..., role: _Optional[_Union[TokenRole, str]] = ...) -> None: ...
 
 class KeepBlocks(_message.Message):
     __slots__ = ("session", "first", "blocks")

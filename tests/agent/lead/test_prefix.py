@@ -101,7 +101,7 @@ def test_a_session_begins_with_the_state_of_its_own_tokens(data):
         if not running or (len(running) < 3 and data.draw(st.booleans())):
             path = data.draw(paths)
             prompt = tokens_of(path, data.draw(st.integers(0, 2))) or [9]
-            cache.open(number, ROOTS[path[0]])
+            cache.open(number, ROOTS[path[0]], len(prompt))
             held = cache.begin(number, prompt)
             assert held % BLOCK == 0
             assert held < len(prompt)
@@ -133,7 +133,7 @@ def test_a_session_begins_with_the_state_of_its_own_tokens(data):
 def test_a_chat_goes_on_where_it_was():
     cache = PrefixCache(8 * BLOCK)
     chat = list(range(3 * BLOCK + 5))
-    cache.open(1, ROOTS[0])
+    cache.open(1, ROOTS[0], 1)
     assert cache.begin(1, chat) == 0
     cache.ran(1, chat, len(chat))
     assert [(one.first, one.blocks) for one in cache.take()[0]] == [(0, (0, 1, 2))]
@@ -141,20 +141,20 @@ def test_a_chat_goes_on_where_it_was():
     cache.ran(1, chat, len(chat) - 1)
     cache.close(1)
     assert [(one.first, one.blocks) for one in cache.take()[0]] == [(3, (3,))]
-    cache.open(2, ROOTS[0])
+    cache.open(2, ROOTS[0], 1)
     assert cache.begin(2, [*chat, 5, 6, 7]) == 4 * BLOCK
     assert [one.blocks for one in cache.take()[1]] == [(0, 1, 2, 3)]
     for session, prompt, found in ((3, chat[: 3 * BLOCK], 2), (4, [*chat[:BLOCK], 0, *chat[BLOCK + 1 :]], 1)):
-        cache.open(session, ROOTS[0])
+        cache.open(session, ROOTS[0], 1)
         assert cache.begin(session, prompt) == found * BLOCK
-    cache.open(5, ROOTS[1])
+    cache.open(5, ROOTS[1], 1)
     assert cache.begin(5, chat) == 0
 
 
 def test_numbers_that_are_not_finite_leave_nothing():
     cache = PrefixCache(4 * BLOCK)
     for session in (1, 2):
-        cache.open(session, ROOTS[0])
+        cache.open(session, ROOTS[0], 1)
         assert cache.begin(session, [3] * 70) == 0
         cache.ran(session, [3] * 70, 70)
         cache.distrust(session)
@@ -166,3 +166,15 @@ def test_numbers_that_are_not_finite_leave_nothing():
 @pytest.mark.parametrize("other", [(b"ab", b"c"), (b"a", b"bc", b""), (b"abc",), (), (b"", b"a", b"bc")])
 def test_roots_differ_with_every_border(other):
     assert root_of(b"a", b"bc") != root_of(*other)
+
+
+def test_where_formats_go_by_role_blocks_are_found_by_roles_too():
+    cache = PrefixCache(8 * BLOCK, by_role=True)
+    tokens = list(range(3 * BLOCK + 1))
+    cache.open(1, ROOTS[0], BLOCK + 5)  # the second block has rows of both, the third was drawn
+    cache.begin(1, tokens[: BLOCK + 5])
+    cache.ran(1, tokens, 3 * BLOCK)
+    cache.open(2, ROOTS[0], len(tokens))
+    assert cache.begin(2, tokens) == BLOCK  # the next turn of a chat: all of it is a prompt now
+    cache.open(3, ROOTS[0], BLOCK + 5)
+    assert cache.begin(3, tokens) == 3 * BLOCK  # the same session, run anew

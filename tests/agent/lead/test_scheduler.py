@@ -59,13 +59,15 @@ def test_a_session_waits_until_one_closes():
 def test_what_a_session_begins_with_is_asked_as_it_is_admitted():
     found = {1: 0, 2: 4, 3: 2}
     asked = []
-    scheduler = Scheduler(chunk=4, sessions=2, begin=lambda session: asked.append(session) or found[session])
+    scheduler = Scheduler(
+        chunk=4, sessions=2, kv_tokens=4096, begin=lambda session: asked.append(session) or found[session]
+    )
     for session in (1, 2, 3):
         scheduler.open(session, 6)
     assert (asked, scheduler.held(2)) == ([], 0)
-    assert scheduler.next_step() == Step(1, (Entry(1, 0, 4, False),), ())
+    assert scheduler.next_step() == Step(1, (Entry(1, 0, 4, False),))
     assert (asked, scheduler.held(1), scheduler.held(2)) == ([1, 2], 4, 4)  # 2 had no room, and has its beginning
-    assert scheduler.next_step() == Step(2, (Entry(1, 4, 2, True), Entry(2, 4, 2, True)), ())
+    assert scheduler.next_step() == Step(2, (Entry(1, 4, 2, True), Entry(2, 4, 2, True)))
     scheduler.close(1)
     assert scheduler.held(1) == 0
     assert scheduler.next_step() == Step(3, (Entry(3, 2, 4, True),), (1,))
@@ -78,6 +80,25 @@ def test_a_full_queue_refuses():
         scheduler.open(session, 1)
     with pytest.raises(Exhausted, match="--sessions"):
         scheduler.open(99, 1)
+
+
+def test_where_formats_mix_steps_of_both_roles_take_turns():
+    scheduler = Scheduler(chunk=4, sessions=3, kv_tokens=4096, mixed=True)
+    scheduler.open(1, 2)
+    assert scheduler.next_step() == Step(1, (Entry(1, 0, 2, True),), role="prompt")
+    scheduler.drawn(1)
+    scheduler.open(2, 9)
+    scheduler.open(3, 1)
+    assert scheduler.next_step() == Step(2, (Entry(1, 2, 1, True),), decoding=1, role="generated")
+    scheduler.drawn(1)
+    assert scheduler.next_step() == Step(3, (Entry(3, 0, 1, True), Entry(2, 0, 3, False)), role="prompt")
+    scheduler.drawn(3)
+    assert scheduler.next_step() == Step(4, (Entry(1, 3, 1, True), Entry(3, 1, 1, True)), decoding=2, role="generated")
+    scheduler.close(1)
+    scheduler.close(3)
+    assert scheduler.next_step() == Step(5, (Entry(2, 3, 4, False),), (1, 3), role="prompt")
+    assert scheduler.next_step() == Step(6, (Entry(2, 7, 2, True),), role="prompt")
+    assert scheduler.next_step() is None
 
 
 def test_prompts_take_turns_by_client_and_so_do_admissions():
@@ -158,8 +179,8 @@ class Ledger:
 @given(st.data())
 def test_every_token_is_drawn_once_in_order_within_the_memory(data):
     chunk, sessions = data.draw(st.sampled_from([1, 3, 64, 700])), data.draw(st.integers(1, 4))
-    long = data.draw(st.booleans()) and chunk > 3
-    scheduler = Scheduler(chunk=chunk, sessions=sessions, kv_tokens=1024)
+    long, mixed = data.draw(st.booleans()) and chunk > 3, data.draw(st.booleans())
+    scheduler = Scheduler(chunk=chunk, sessions=sessions, kv_tokens=1024, mixed=mixed)
     ledger = Ledger(1024)
     prompts = st.integers(1, 900) if long else st.integers(1, 20)
     wanted = {one: data.draw(st.tuples(prompts, st.integers(1, 100 if long else 6))) for one in range(6)}
@@ -178,7 +199,10 @@ def test_every_token_is_drawn_once_in_order_within_the_memory(data):
             assert step.rows - step.decoding <= prompt_rows
         ledger.run(step)
         for entry in step.entries:
-            known = wanted[entry.session][0] + drawn[entry.session]
+            prompt = wanted[entry.session][0]
+            alike = entry.start + entry.count <= prompt if entry.start < prompt else step.role == "generated"
+            assert alike and (step.role == "prompt") == (entry.start < prompt) if mixed else step.role == "any"
+            known = prompt + drawn[entry.session]
             assert entry.draws == (entry.start + entry.count == known)
             if entry.draws:
                 drawn[entry.session] += 1
@@ -215,7 +239,7 @@ def test_the_cores_read_no_clock_and_do_no_io(module):
         if isinstance(node, ast.Import | ast.ImportFrom)
         for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module])
     }
-    pure = {"ganglion.agent.executor.kv", "ganglion.wire.errors", "ganglion.wire.limits"}
+    pure = {"ganglion.agent.executor.kv", "ganglion.agent.roles", "ganglion.wire.errors", "ganglion.wire.limits"}
     assert imported <= {"__future__", "dataclasses", "typing", "collections"} | pure
     called = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     assert not called & {"open", "print", "input", "exec", "eval", "__import__", "breakpoint"}

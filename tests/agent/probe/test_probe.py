@@ -34,6 +34,7 @@ async def test_a_real_probe_measures_every_format(tmp_path, monkeypatch):
     for rate in found.rates.values():
         assert rate.decode_bytes_per_s > 1e7
         assert rate.prefill_flop_per_s > 1e8
+        assert rate.batch_bytes_per_s > 1e6
     assert found.threads == 1
     assert 0 < found.memory_budget_bytes <= found.memory_bytes
     assert found.disk_read_bytes_per_s > 0

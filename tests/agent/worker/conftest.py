@@ -42,7 +42,7 @@ SHAPES |= {
     for name, shape in FAMILY_SHAPES.items()
 }
 SHAPES |= {name: (functools.partial(make_mixture, shape=shape), {}) for name, shape in MIXTURE_SHAPES.items()}
-FORMATS = {"fp32": ("fp32", False), "int4": ("int4", False), "int4-fast": ("int4", True)}
+FORMATS = {"fp32": ("fp32", False), "int4": ("int4", False), "int4-fast": ("int4", True), "mixed": ("mixed", False)}
 
 
 def _world() -> Any:

@@ -13,7 +13,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ganglion.agent.executor.loader import LoadedSegment
+from ganglion.agent.roles import Role
 
+Place = tuple[Role, int]
+"""A segment by the role whose layers it is of, and its number among them."""
 Delta = NDArray[np.float64 | np.float32]
 BOUND_ROWS = 16  # bindings are kept for so many rows; above, binding anew is small against the run
 
@@ -40,7 +43,7 @@ class Rows:
         self._carry = np.zeros(capacity * carry, np.float32)
         self._projected = np.zeros(capacity * max((one.projected for one in segments), default=0), np.float32)
         self._attended = np.zeros(capacity * max((one.attended for one in segments), default=0), np.float32)
-        self._bound: dict[tuple[int, int, int], Any] = {}
+        self._bound: dict[tuple[Place, int, int], Any] = {}
 
     def carried(self, one: LoadedSegment, rows: int) -> NDArray[np.float32]:
         """What segment `one` carries: [rows, carry * groups]."""
@@ -62,20 +65,20 @@ class Rows:
             return self._sums[: rows * width].reshape(rows, width)
         return self.delta[parity if one.segment.takes == "carry" else 1 - parity][:rows]
 
-    def run_first(self, index: int, one: LoadedSegment, before: LoadedSegment | None, parity: int, rows: int) -> None:
-        """Run the first (or only) graph of segment `index`; `before`: the segment before it on this device."""
-        self._run(index, 0, one, rows, lambda: self._bind_first(one, before, parity, rows))
+    def run_first(self, place: Place, one: LoadedSegment, before: LoadedSegment | None, parity: int, rows: int) -> None:
+        """Run the first (or only) graph of the segment at `place`; `before`: the segment before it on this device."""
+        self._run(place, 0, one, rows, lambda: self._bind_first(one, before, parity, rows))
 
-    def run_last(self, index: int, one: LoadedSegment, parity: int, rows: int) -> None:
-        """Run the last graph of segment `index`, which attends."""
-        self._run(index, 2, one, rows, lambda: self._bind_last(one, parity, rows))
+    def run_last(self, place: Place, one: LoadedSegment, parity: int, rows: int) -> None:
+        """Run the last graph of the segment at `place`, which attends."""
+        self._run(place, 2, one, rows, lambda: self._bind_last(one, parity, rows))
 
-    def _run(self, index: int, graph: int, one: LoadedSegment, rows: int, bind: Callable[[], Any]) -> None:
-        binding = self._bound.get((index, graph, rows))
+    def _run(self, place: Place, graph: int, one: LoadedSegment, rows: int, bind: Callable[[], Any]) -> None:
+        binding = self._bound.get((place, graph, rows))
         if binding is None:
             binding = bind()
             if rows <= BOUND_ROWS:
-                self._bound[index, graph, rows] = binding
+                self._bound[place, graph, rows] = binding
         one.sessions[graph].run_with_iobinding(binding)
 
     def _bind_first(self, one: LoadedSegment, before: LoadedSegment | None, parity: int, rows: int) -> Any:

@@ -1,11 +1,12 @@
 """Runs the rows of a step through a shard, one segment at a time; the caller exchanges partial sums in between.
 
-    batch = executor.begin(entries)            # validated; executor.residual(batch) is to be filled
+    batch = executor.begin(entries, role)      # validated; executor.residual(batch) is to be filled
     for index in range(executor.segments):
         partial = executor.run(batch, index)   # this device's partial sum: make it the sum over devices, in place
     executor.hand_on(batch) or executor.logits(batch, rows)
 
 Numbers do not depend on what else is in a step: attention runs for each session, everything else once for all rows.
+Where the class mixes formats, a step's role says through which layers its rows run; their key-value state is one.
 Graphs of exact classes give attention an even number of rows; for an odd number they write one position beyond the
 session's rows, which its next row overwrites, so the buffers have room for it.
 """
@@ -19,10 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ganglion.agent.executor.buffers import Delta, Rows, as_value
+from ganglion.agent.executor.buffers import Delta, Place, Rows, as_value
 from ganglion.agent.executor.kv import KeyValueLedger, SessionState
 from ganglion.agent.executor.loader import LoadedSegment, Shard
 from ganglion.agent.executor.prefix_blocks import Begin, Keep, PrefixBlocks
+from ganglion.agent.roles import Role
 from ganglion.wire.errors import Corrupt, Exhausted, InvalidDocument, ProtocolViolation
 from ganglion.wire.nouns import EXACT_POSITIONS, PREFIX_BLOCK_TOKENS, Manifest, Plan, RopeTable
 from ganglion.wire.shares import OpenPiece
@@ -45,6 +47,7 @@ class Batch:
 
     entries: tuple[SessionRows, ...]
     rows: int
+    role: Role
     buffers: Rows
     parity: int = 0
 
@@ -55,6 +58,9 @@ class Executor:
     def __init__(self, manifest: Manifest, plan: Plan, shard: Shard, open_piece: OpenPiece) -> None:
         geometry = manifest.geometry
         self._shard = shard
+        self._by_role: dict[Role, tuple[LoadedSegment, ...]] = {"any": shard.segments}
+        if manifest.numeric_class.prompt:
+            self._by_role = {"prompt": shard.prompt, "generated": shard.segments}
         self._exact = manifest.numeric_class.exact
         self._plan = plan
         self._group_rows = geometry.vocab_group_rows
@@ -64,13 +70,14 @@ class Executor:
         self._ledger = KeyValueLedger(groups, geometry.head_dim, budget)
         self._prefixes = PrefixBlocks(plan.prefix_tokens // PREFIX_BLOCK_TOKENS)
         capacity = max(plan.chunk, plan.sessions)
-        self._buffers = Rows(capacity, geometry.hidden, shard.segments, exact=self._exact)
+        every = (*shard.segments, *shard.prompt)
+        self._buffers = Rows(capacity, geometry.hidden, every, exact=self._exact)
         self._head_rows = Rows(plan.sessions, geometry.hidden, exact=self._exact)
         self._parts = manifest.handover == "parts"
         self._ropes = {name: rope_tables(tables, plan.context, open_piece) for name, tables in manifest.ropes.items()}
         self._rope_values = {name: tuple(as_value(one) for one in pair) for name, pair in self._ropes.items()}
         # session -> segment -> its row in the step, and attention's binding for that one row
-        self._bound: dict[int, dict[int, tuple[int, Any]]] = {}
+        self._bound: dict[int, dict[Place, tuple[int, Any]]] = {}
 
     @property
     def segments(self) -> int:
@@ -125,11 +132,13 @@ class Executor:
             raise Exhausted(f"{len(self._ledger)} sessions are open, the plan allows {self._plan.sessions}")
         return self._ledger.open(session)
 
-    def begin(self, entries: Sequence[tuple[int, int, int]]) -> Batch:
+    def begin(self, entries: Sequence[tuple[int, int, int]], role: Role = "any") -> Batch:
         """A batch for entries (session, start, count), with delta zero and sessions of start 0 opened.
 
-        Raises ProtocolViolation for entries that no scheduler of this plan announces, Exhausted without room.
+        Raises ProtocolViolation for entries or a role that no scheduler of this plan announces, Exhausted without room.
         """
+        if role not in self._by_role:
+            raise ProtocolViolation(f"a step of role {role}; those of this class are {', '.join(self._by_role)}")
         rows = sum(count for _, _, count in entries)
         if not 0 < rows <= self._plan.chunk or len({session for session, _, _ in entries}) != len(entries):
             raise ProtocolViolation(f"a step of {rows} rows in {len(entries)} entries; at most {self._plan.chunk} rows")
@@ -138,7 +147,7 @@ class Executor:
             placed.append(SessionRows(session, self._place(session, start, count), start, count, first))
             first += count
         self._buffers.delta[0][:rows] = 0.0
-        return Batch(tuple(placed), rows, self._buffers)
+        return Batch(tuple(placed), rows, role, self._buffers)
 
     def _place(self, session: int, start: int, count: int) -> SessionState:
         state = self._ledger.get(session)
@@ -182,40 +191,41 @@ class Executor:
 
     def run(self, batch: Batch, index: int) -> Delta:
         """Run segment `index`; returns its partial sum: [rows, width], zeros where this device has no group of it."""
-        one, before = self._shard.segments[index], self._shard.segments[index - 1] if index else None
+        segments, place = self._by_role[batch.role], (batch.role, index)
+        one, before = segments[index], segments[index - 1] if index else None
         buffers, parity, rows = batch.buffers, batch.parity, batch.rows
         partial = buffers.partial(one, parity, rows)
         if not one.sessions:  # only where it takes no residual: nothing to keep, nothing to add
             partial[...] = 0.0
         else:
-            buffers.run_first(index, one, before, parity, rows)
+            buffers.run_first(place, one, before, parity, rows)
         if one.attends:
             for entry in batch.entries:
-                self._attend(index, one, entry)
-            buffers.run_last(index, one, parity, rows)
+                self._attend(place, one, entry)
+            buffers.run_last(place, one, parity, rows)
         if one.segment.takes != "carry":
             batch.parity = 1 - parity
         return partial
 
-    def _attend(self, index: int, one: LoadedSegment, entry: SessionRows) -> None:
+    def _attend(self, place: Place, one: LoadedSegment, entry: SessionRows) -> None:
         state, session = entry.state, one.sessions[1]
         state.total[0] = entry.start + entry.count
         state.seqlens[0] = entry.start + entry.count - 1
         if entry.count > 1:
-            session.run_with_iobinding(self._bind_attention(index, one, entry))
+            session.run_with_iobinding(self._bind_attention(place[1], one, entry))
             return
         bound = self._bound.setdefault(entry.session, {})
-        first, binding = bound.get(index, (-1, None))
+        first, binding = bound.get(place, (-1, None))
         if first != entry.first:
-            binding = self._bind_attention(index, one, entry)
-            bound[index] = entry.first, binding
+            binding = self._bind_attention(place[1], one, entry)
+            bound[place] = entry.first, binding
         session.run_with_iobinding(binding)
 
     def _bind_attention(self, index: int, one: LoadedSegment, entry: SessionRows) -> Any:
-        state, place = entry.state, self._attention.index(index)
+        state, layer = entry.state, self._attention.index(index)
         binding = one.sessions[1].io_binding()
         stop = entry.first + entry.count
-        keys, values = as_value(state.keys[place]), as_value(state.values[place])
+        keys, values = as_value(state.keys[layer]), as_value(state.values[layer])
         inputs = [
             ("projected", as_value(self._buffers.projected(one, stop)[entry.first :])),
             ("past_key", keys),

@@ -70,9 +70,13 @@ class LoadedSegment:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What a device runs: segments in order, and the head where it has a vocabulary range."""
+    """What a device runs: segments in order, and the head where it has a vocabulary range.
+
+    prompt: the segments of prompt tokens where the class mixes formats, else the same.
+    """
 
     segments: tuple[LoadedSegment, ...]
+    prompt: tuple[LoadedSegment, ...]
     head: LoadedSegment | None
     weights_bytes: int
 
@@ -88,10 +92,11 @@ class _Part:
 def _parts(manifest: Manifest, stage: Stage, share: Share) -> Iterator[_Part]:
     if stage.layers.stop > len(manifest.layers):
         raise InvalidDocument(f"plan: layers ..{stage.layers.stop}, the manifest has {len(manifest.layers)}")
-    for number in range(stage.layers.start, stage.layers.stop):
-        for index, segment in enumerate(manifest.layers[number].segments):
-            groups = share.heads if segment.axis == "heads" else share.columns
-            yield _part(f"{number}-{index}", segment, groups)
+    for prefix, layers in (("", manifest.layers), ("prompt-", manifest.prompt_layers)):
+        for number, layer in enumerate(layers[stage.layers.start : stage.layers.stop], stage.layers.start):
+            for index, segment in enumerate(layer.segments):
+                groups = share.heads if segment.axis == "heads" else share.columns
+                yield _part(f"{prefix}{number}-{index}", segment, groups)
     yield _part("head", manifest.head, share.vocab)
 
 
@@ -132,7 +137,9 @@ def load_shard(
         widths = _widths(part, sessions) if len(sessions) > 1 else (0, 0)
         loaded.append(LoadedSegment(part.segment, part.share.count, sessions, *widths))
     head = loaded.pop()
-    return Shard(tuple(loaded), head if head.sessions else None, total)
+    own = len(loaded) // 2 if manifest.prompt_layers else len(loaded)
+    segments, prompt = tuple(loaded[:own]), tuple(loaded[own:])
+    return Shard(segments, prompt or segments, head if head.sessions else None, total)
 
 
 class _Loader:

@@ -22,6 +22,7 @@ from ganglion.agent.lead.prefix import PrefixCache, root_of
 from ganglion.agent.lead.sampler import Drawn, draw_token
 from ganglion.agent.lead.scheduler import Entry, Scheduler, Step
 from ganglion.agent.lead.session import Session, parse_open
+from ganglion.agent.roles import to_number
 from ganglion.agent.worker_beat import Beat, LongestRun
 from ganglion.agent.worker_stage import StageRunner
 from ganglion.proto import lane_pb2
@@ -101,11 +102,12 @@ class Lead:
         self._beat = beat
         self._grammars = grammars
         self._longest = LongestRun(runner.executor.weights_bytes)
+        mixed = bool(manifest.numeric_class.prompt)
         self._scheduler = Scheduler(
-            chunk=plan.chunk, sessions=plan.sessions, kv_tokens=plan.kv_tokens, begin=self._begin
+            chunk=plan.chunk, sessions=plan.sessions, kv_tokens=plan.kv_tokens, mixed=mixed, begin=self._begin
         )
-        self._pace = Pace()
-        self._prefixes = PrefixCache(plan.prefix_tokens)
+        self._pace = Pace(mixed=mixed)
+        self._prefixes = PrefixCache(plan.prefix_tokens, by_role=mixed)
         self._sessions: dict[int, Session] = {}
         self._admitted: set[int] = set()
         self._numbers = 0
@@ -134,7 +136,7 @@ class Lead:
         root = root_of(gateway.encode(), request.tenant.encode())
         self._scheduler.open(session.number, len(request.prompt), client=root.hex())
         self._sessions[session.number] = session
-        self._prefixes.open(session.number, root)
+        self._prefixes.open(session.number, root, len(request.prompt))
         self._work.set()
         try:
             accepted = lane_pb2.Accepted(numeric_class=self._manifest.numeric_class.name)
@@ -203,7 +205,7 @@ class Lead:
         if not step.entries:
             self._beat.end(executor.sessions, executor.kv_bytes)
             return
-        batch = executor.begin([(entry.session, entry.start, entry.count) for entry in step.entries])
+        batch = executor.begin([(entry.session, entry.start, entry.count) for entry in step.entries], step.role)
         self._beat.begin(self._longest.announce(step.rows), executor.sessions, executor.kv_bytes)
         ids = [running[one.session].ids[one.start : one.start + one.count] for one in step.entries]
         self._embedding.rows([token for some in ids for token in some], executor.residual(batch))
@@ -227,6 +229,7 @@ class Lead:
             step=step.number,
             closed=step.closed,
             put_back=step.put_back,
+            role=to_number(step.role),
             keeps=[lane_pb2.KeepBlocks(session=one.session, first=one.first, blocks=one.blocks) for one in keeps],
             begins=[lane_pb2.BeginWithBlocks(session=one.session, blocks=one.blocks) for one in begins],
         )

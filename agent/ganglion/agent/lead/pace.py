@@ -1,7 +1,8 @@
 """How many rows of prompts a step takes beside decoding ones, so that running streams wait a bounded time: a pure core.
 
 A step that also runs prompts may take STALL_FACTOR times what decoding alone takes: that is how long a running stream
-waits for its next token while prompts arrive. What steps take is measured by the driver and told here.
+waits for its next token while prompts arrive. Where steps of prompts are steps of their own (a class that mixes formats)
+both together are so bounded, as far as LEAST_ROWS_ALONE allow. What steps take is measured by the driver and told here.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ from typing import Final
 
 STALL_FACTOR: Final = 2.0
 LEAST_ROWS: Final = 8  # a prompt goes on whatever the figures say
+LEAST_ROWS_ALONE: Final = 64  # in a step of their own, which reads every weight for however few
 _KEPT: Final = 0.8  # of an estimate, when a new measurement comes in
 
 
 class Pace:
     """Learns what a decoding step and a row of a prompt take."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, mixed: bool = False) -> None:
+        self._mixed = mixed
+        self._least = LEAST_ROWS_ALONE if mixed else LEAST_ROWS
         self._decode_s = 0.0
         self._row_s = 0.0
 
@@ -26,15 +30,17 @@ class Pace:
             self._decode_s = _mean(self._decode_s, took_s)
         elif decoding and self._decode_s:
             self._row_s = _mean(self._row_s, max(0.0, took_s - self._decode_s) / prompt_rows)
+        elif self._mixed:
+            self._row_s = _mean(self._row_s, took_s / prompt_rows)
         elif not self._row_s:  # until there was a step of both: too much, as it counts what every step costs
             self._row_s = took_s / prompt_rows
 
     def prompt_rows(self, most: int) -> int:
         """Rows of prompts in the next step that decodes too, at most `most`."""
         if not self._row_s or not self._decode_s:
-            return min(most, LEAST_ROWS)
+            return min(most, self._least)
         rows = int((STALL_FACTOR - 1.0) * self._decode_s / self._row_s)
-        return max(min(most, LEAST_ROWS), min(most, rows))
+        return max(min(most, self._least), min(most, rows))
 
 
 def _mean(before: float, found: float) -> float:

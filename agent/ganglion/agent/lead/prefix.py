@@ -32,10 +32,15 @@ def root_of(*salt: bytes) -> bytes:
 
 
 class Chain:
-    """The digests of a session's blocks, from the first on, as far as they were asked for."""
+    """The digests of a session's blocks, from the first on, as far as they were asked for.
 
-    def __init__(self, root: bytes) -> None:
+    prompt: where the class mixes formats by role, how many tokens the session began with: a block is named by how many
+    of its tokens are of the prompt too. None: the roles are alike.
+    """
+
+    def __init__(self, root: bytes, prompt: int | None = None) -> None:
         self._root = root
+        self._prompt = prompt
         self._keys: list[bytes] = []
 
     def keys(self, tokens: Sequence[int], blocks: int) -> list[bytes]:
@@ -43,6 +48,8 @@ class Chain:
         for at in range(len(self._keys), blocks):
             parent = self._keys[-1] if self._keys else self._root
             part = np.array(tokens[at * BLOCK : (at + 1) * BLOCK], "<u4").tobytes()
+            if self._prompt is not None:
+                part += min(max(self._prompt - at * BLOCK, 0), BLOCK).to_bytes(1, "little")
             self._keys.append(hashlib.sha256(parent + part).digest())
         return self._keys[:blocks]
 
@@ -93,26 +100,30 @@ class PrefixIndex:
 class PrefixCache:
     """The index with the sessions that use it, and what the next step has to say of them."""
 
-    def __init__(self, tokens: int) -> None:
-        """`tokens`: that are kept at most, a multiple of BLOCK; 0: nothing is ever kept or found."""
+    def __init__(self, tokens: int, *, by_role: bool = False) -> None:
+        """`tokens`: that are kept at most, a multiple of BLOCK; 0: nothing is ever kept or found.
+
+        by_role: keys and values also depend on whether a token is of the prompt.
+        """
+        self._by_role = by_role
         self._index = PrefixIndex(tokens // BLOCK)
         self._chains: dict[int, Chain] = {}
         self._seen: dict[int, int] = {}  # blocks of a session that were found or kept
         self._keeps: list[Keep] = []
         self._begins: list[Begin] = []
 
-    def open(self, session: int, root: bytes) -> None:
-        """A session whose blocks are those of `root` and of no other."""
+    def open(self, session: int, root: bytes, prompt: int) -> None:
+        """A session of `prompt` tokens whose blocks are those of `root` and of no other."""
         if self._index.capacity:
-            self._chains[session] = Chain(root)
+            self._chains[session] = Chain(root, prompt if self._by_role else None)
             self._seen[session] = 0
 
-    def begin(self, session: int, prompt: Sequence[int]) -> int:
-        """A session is admitted: how many tokens of its prompt it begins with. Never all: the last one is to be run."""
+    def begin(self, session: int, tokens: Sequence[int]) -> int:
+        """A session is admitted: how many of its tokens it begins with. Never all: the last one is to be run."""
         if session not in self._chains:
             return 0
-        blocks = min((len(prompt) - 1) // BLOCK, self._index.capacity)
-        found = self._index.find(self._chains[session].keys(prompt, blocks))
+        blocks = min((len(tokens) - 1) // BLOCK, self._index.capacity)
+        found = self._index.find(self._chains[session].keys(tokens, blocks))
         if found:
             self._begins.append(Begin(session, tuple(found)))
         self._seen[session] = len(found)

@@ -4,7 +4,8 @@ A session waits in the queue, is admitted, has its prompt run in chunks, and the
 Key-value state is lent as sessions grow: where a running one needs more than is left, the session that was admitted
 last gives its state up and waits again, first in line; its tokens are run anew when there is room. Decoding rows come
 first in a step; what is left goes to prompts, those first whose client was served longest ago. So a long prompt delays
-nobody by more than the rows that a step takes beside decoding ones, and no client keeps others waiting.
+nobody by more than the rows that a step takes beside decoding ones, and no client keeps others waiting. Where the class
+mixes formats a step has rows of one role, and steps of both roles take turns.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ganglion.agent.executor.kv import capacity_for
+from ganglion.agent.roles import Role
 from ganglion.wire.errors import Exhausted, Internal
 from ganglion.wire.limits import SESSIONS_QUEUED
 
@@ -31,7 +33,7 @@ class Entry:
 class Step:
     """One pass through the model. Before it state is dropped, of sessions that are over and of those put back.
 
-    decoding: how many of the entries run a token that was drawn; they come first.
+    decoding: how many of the entries run a token that was drawn; they come first. role: of all rows.
     """
 
     number: int
@@ -39,6 +41,7 @@ class Step:
     closed: tuple[int, ...] = ()
     put_back: tuple[int, ...] = ()
     decoding: int = 0
+    role: Role = "any"
 
     @property
     def rows(self) -> int:
@@ -48,22 +51,31 @@ class Step:
 
 @dataclass(slots=True)
 class _Run:
-    """Invariant: held <= known; the next token is drawn when held reaches known."""
+    """Invariant: held <= known; the next token is drawn when held reaches known. prompt: what it began with."""
 
     session: int
     client: str
+    prompt: int
     known: int
     held: int = 0
     admitted: int = 0  # its number among all admissions, the latest highest
 
     @property
     def decodes(self) -> bool:
-        return self.known - self.held == 1 < self.known
+        return self.held >= self.prompt and self.known - self.held == 1
 
     @property
     def lent(self) -> int:
         """Tokens of key-value state, the row that an exact class writes beyond the others among them."""
         return capacity_for(self.held + 1) if self.held else 0
+
+    def waiting(self, role: Role) -> int:
+        """Rows that wait to be run now, of this role."""
+        if role == "any":
+            return self.known - self.held
+        if role == "prompt":
+            return max(0, self.prompt - self.held)
+        return self.known - self.held if self.held >= self.prompt else 0
 
 
 @dataclass(slots=True)
@@ -85,14 +97,22 @@ class Scheduler:
     """Steps for the sessions of one deployment.
 
     chunk: rows of a step at most. sessions: admitted at a time. kv_tokens: tokens of key-value state of all sessions
-    together, in capacities of `capacity_for`; at least that of one session of a full context.
+    together, in capacities of `capacity_for`; at least that of one session of a full context. mixed: whether the class
+    mixes formats by role.
     """
 
     def __init__(
-        self, *, chunk: int, sessions: int, kv_tokens: int, begin: Callable[[int], int] = lambda session: 0
+        self,
+        *,
+        chunk: int,
+        sessions: int,
+        kv_tokens: int,
+        mixed: bool = False,
+        begin: Callable[[int], int] = lambda session: 0,
     ) -> None:
         """`begin`: called as a session is admitted; how many of its tokens it holds then, fewer than all."""
         self._begin = begin
+        self._role: Role = "generated" if mixed else "any"  # of the last step
         self._chunk = chunk
         self._sessions = sessions
         self._kv_tokens = kv_tokens
@@ -121,7 +141,7 @@ class Scheduler:
                 f"{len(self._active)} sessions run and {len(self._queue)} wait, at most {SESSIONS_QUEUED} may;"
                 " try later, or deploy with more --sessions"
             )
-        self._queue.append(_Run(session, client, prompt_tokens))
+        self._queue.append(_Run(session, client, prompt_tokens, prompt_tokens))
 
     def held(self, session: int) -> int:
         """Tokens of an admitted session that have run, those of the last step included; 0 for any other session."""
@@ -148,19 +168,21 @@ class Scheduler:
     def next_step(self, prompt_rows: int | None = None) -> Step | None:
         """The next step, counted as done; without entries when there are only sessions to close; None when idle.
 
-        prompt_rows: of prompts at most, in a step that decodes too; None: as many as a step takes.
+        prompt_rows: of prompts at most, in a step that decodes too or keeps others from it; None: as many as it takes.
         """
         self._admit()
+        role = self._role = self._next_role()
         draft = _Draft(self._chunk)
-        for run in [run for run in self._active.values() if run.decodes]:
+        for run in [run for run in self._active.values() if run.decodes and run.waiting(role)]:
             if draft.room and run.session in self._active and self._lend(run, 1, draft):
                 draft.add(run, 1)
         decoding = len(draft.entries)
-        if decoding and prompt_rows is not None:
+        delayed = decoding or (role == "prompt" and any(run.waiting("generated") for run in self._active.values()))
+        if delayed and prompt_rows is not None:
             draft.room = min(draft.room, prompt_rows)
-        prompts = [run for run in self._active.values() if run.held < run.known and not run.decodes]
+        prompts = [run for run in self._active.values() if run.waiting(role) and not run.decodes]
         for run in sorted(prompts, key=lambda run: (self._served.get(run.client, 0), run.admitted)):
-            count = min(run.known - run.held, draft.room)
+            count = min(run.waiting(role), draft.room)
             if count and run.session in self._active and self._lend(run, count, draft):
                 draft.add(run, count)
                 self._served[run.client] = self._steps + 1
@@ -172,7 +194,14 @@ class Scheduler:
         self._steps += 1
         closed, self._closed = tuple(self._closed), []
         put_back, self._put_back = tuple(self._put_back), []
-        return Step(self._steps, tuple(draft.entries), closed, put_back, decoding)
+        return Step(self._steps, tuple(draft.entries), closed, put_back, decoding, role)
+
+    def _next_role(self) -> Role:
+        """The role that had no turn in the last step, if any rows of it wait, so that neither starves."""
+        if self._role == "any":
+            return "any"
+        turns: tuple[Role, Role] = ("prompt", "generated") if self._role == "generated" else ("generated", "prompt")
+        return next((role for role in turns if any(run.waiting(role) for run in self._active.values())), self._role)
 
     def _admit(self) -> None:
         """Admit while there is room: of the client with the fewest sessions, in order of arrival."""

@@ -12,10 +12,11 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from ganglion.agent.probe.shapes import GRAPHS, PREFILL_ROWS, SHAPES, Shape, Size
-from ganglion.wire.nouns import FormatRate
+from ganglion.agent.probe.shapes import GRAPHS, SHAPES, Shape, Size
+from ganglion.wire.nouns import BATCH_ROWS, PREFILL_ROWS, FormatRate
 
 DECODE_S: Final = 0.8  # for all formats together
+BATCH_S: Final = 0.6  # for all formats together
 PREFILL_S: Final = 0.2  # for each format
 DISK_BYTES: Final = 24 << 20
 DISK_BLOCK_BYTES: Final = 1 << 20
@@ -37,13 +38,18 @@ def measure(threads: int, size: Size, disk: Path) -> Measured:
     ort.set_default_logger_severity(3)
     ort.set_global_thread_pool_sizes(threads, 1)
     decode = {shape.name: _Product(ort, shape, 1) for shape in SHAPES if shape.use == size}
-    decoded = _decode(decode)
+    decoded = _streamed(decode, DECODE_S)
+    for product in decode.values():
+        product.bind(BATCH_ROWS)
+    batched = _streamed(decode, BATCH_S)
     decode.clear()
     rates = {}
     for shape in SHAPES:
         if shape.use == "prefill":
             rates[shape.name] = FormatRate(
-                decode_bytes_per_s=decoded[shape.name], prefill_flop_per_s=_prefill(_Product(ort, shape, PREFILL_ROWS))
+                decode_bytes_per_s=decoded[shape.name],
+                prefill_flop_per_s=_prefill(_Product(ort, shape, PREFILL_ROWS)),
+                batch_bytes_per_s=batched[shape.name],
             )
     return Measured(
         rates=rates,
@@ -63,14 +69,20 @@ class _Product:
         options.add_external_initializers(list(shape.weights), values)
         session = ort.InferenceSession((GRAPHS / shape.file).read_bytes(), options, providers=["CPUExecutionProvider"])
         self.shape = shape
-        self.rows = rows
+        self._ort = ort
         self._session = session
         self._values = values
-        self._input = np.full((rows, shape.inputs), 0.01, np.float32)
-        self._output = np.empty((rows, shape.outputs), np.float32)
-        self._binding = session.io_binding()
-        self._binding.bind_ortvalue_input("rows", ort.OrtValue.ortvalue_from_numpy(self._input))
-        self._binding.bind_ortvalue_output("product", ort.OrtValue.ortvalue_from_numpy(self._output))
+        self.bind(rows)
+
+    def bind(self, rows: int) -> None:
+        """Take so many rows from now on."""
+        value = self._ort.OrtValue.ortvalue_from_numpy
+        self.rows = rows
+        self._input = np.full((rows, self.shape.inputs), 0.01, np.float32)
+        self._output = np.empty((rows, self.shape.outputs), np.float32)
+        self._binding = self._session.io_binding()
+        self._binding.bind_ortvalue_input("rows", value(self._input))
+        self._binding.bind_ortvalue_output("product", value(self._output))
 
     def run_s(self) -> float:
         began_s = time.perf_counter()
@@ -86,12 +98,12 @@ def _filled(kind: str, dims: tuple[int, ...]) -> np.ndarray[Any, Any]:
     return np.resize(pattern.view(kind), dims)
 
 
-def _decode(products: dict[str, _Product]) -> dict[str, float]:
-    """Bytes per second of one-row products, by turns, so that each finds the cache full of the others' weights."""
+def _streamed(products: dict[str, _Product], all_s: float) -> dict[str, float]:
+    """Bytes of weights per second, by turns within `all_s`, so that each finds the cache full of the others'."""
     times: dict[str, list[float]] = {name: [] for name in products}
     for product in products.values():
         product.run_s()
-    until_s = time.perf_counter() + DECODE_S
+    until_s = time.perf_counter() + all_s
     while time.perf_counter() < until_s or len(next(iter(times.values()))) < 3:
         for name, product in products.items():
             times[name].append(product.run_s())

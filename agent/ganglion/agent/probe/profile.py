@@ -20,7 +20,7 @@ from ganglion.agent.probe.shapes import SHAPES
 from ganglion.wire.errors import InvalidRequest, Unavailable
 from ganglion.wire.hello import distribution_version
 from ganglion.wire.home import write_secret
-from ganglion.wire.nouns import DeviceProfile
+from ganglion.wire.nouns import BATCH_ROWS, PREFILL_ROWS, DeviceProfile
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,16 @@ async def probe_device(
 
 def _key(limits: Limits, size: str) -> str:
     formats = ",".join(sorted({shape.name for shape in SHAPES}))
-    marks = (distribution_version(), kernel_family(), system(), str(os.cpu_count()), str(limits.threads), size, formats)
+    sizes = f"{size} {BATCH_ROWS} {PREFILL_ROWS}"
+    marks = (
+        distribution_version(),
+        kernel_family(),
+        system(),
+        str(os.cpu_count()),
+        str(limits.threads),
+        sizes,
+        formats,
+    )
     return hashlib.sha256("\n".join(marks).encode()).hexdigest()
 
 

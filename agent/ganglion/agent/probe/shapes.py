@@ -23,7 +23,6 @@ DECODE_OUTPUTS: Final[dict[tuple[str, str], int]] = {
     ("small", "int8-32"): 8192,
 }
 PREFILL_OUTPUTS: Final = 2048
-PREFILL_ROWS: Final = 128
 
 Size = Literal["large", "small"]
 

@@ -28,7 +28,7 @@ def all_pieces(manifest: Manifest) -> tuple[PieceRef, ...]:
     """Every piece that `manifest` names, each once: what a holder of the whole model holds."""
 
     def every() -> Iterator[PieceRef]:
-        for layer in manifest.layers:
+        for layer in (*manifest.layers, *manifest.prompt_layers):
             for segment in layer.segments:
                 for slot in segment.slots:
                     yield from slot.pieces
@@ -53,9 +53,10 @@ def _of_share(manifest: Manifest, stage: Stage, share: Share, *, lead: bool) -> 
         if TOKENIZER_FILE in manifest.tokenizer:
             yield manifest.tokenizer[TOKENIZER_FILE]
     yield from _ropes(manifest)
-    for layer in manifest.layers[stage.layers.start : stage.layers.stop]:
-        for segment in layer.segments:
-            yield from _of_segment(manifest, segment, share.heads if segment.axis == "heads" else share.columns)
+    for layers in (manifest.layers, manifest.prompt_layers):
+        for layer in layers[stage.layers.start : stage.layers.stop]:
+            for segment in layer.segments:
+                yield from _of_segment(manifest, segment, share.heads if segment.axis == "heads" else share.columns)
     yield from _of_segment(manifest, manifest.head, share.vocab)
 
 

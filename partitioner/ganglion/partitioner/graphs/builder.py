@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 from onnx import helper
 
 from ganglion.partitioner.families.model import Model
@@ -80,7 +82,8 @@ class Builder(Products):
         """The partial sum of `terms`, in the width of sums; in mode keep with what was not yet exchanged."""
         if self.plan.entry.mode == "keep":
             terms = [*terms, "delta"]
-        self.rename(self.node("Sum", terms)[0] if len(terms) > 1 else terms[0], "partial")
+        # One after the other, in a Sum's order: a term is added while it is in the cache, and its memory is free again.
+        self.rename(reduce(lambda total, term: self.node("Add", [total, term])[0], terms), "partial")
         self.output("partial", ["S", self.width], self.wide)
 
     def _normed(self, rows: str, norm: Norm | None) -> str:

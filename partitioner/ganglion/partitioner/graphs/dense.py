@@ -8,7 +8,7 @@ from ganglion.partitioner.graphs.builder import MICROSOFT, Builder
 
 def build_mlp(builder: Builder, core: GatedMlp) -> None:
     """down(activation(gate x) * up x)."""
-    gate, up = builder.node("Split", [builder.joined(builder.entry())], outputs=2, axis=-1, num_outputs=2)
+    gate, up = builder.joined_apart(builder.entry())
     builder.summed(builder.node("Mul", [activate(builder, gate, core.activation), up])[0])
 
 

@@ -49,13 +49,27 @@ class Products(Nodes):
 
     def joined(self, rows: str, some: tuple[Linear, ...] = ()) -> str:
         """The products with every matrix that is cut by outputs (or some), side by side: [S, sum of widths]."""
+        products = self._by_format(rows, some or self.plan.joined)
+        return products[0] if len(products) == 1 else self.node("Concat", products, axis=-1)[0]
+
+    def joined_apart(self, rows: str) -> list[str]:
+        """The product with each matrix that is cut by outputs, all of one width: [S, width] each."""
+        products, matrices = self._by_format(rows, self.plan.joined), len(self.plan.joined)
+        if len(products) == matrices:
+            return products
+        if len(products) > 1:
+            products = self.node("Concat", products, axis=-1)
+        return self.node("Split", products, outputs=matrices, axis=-1, num_outputs=matrices)
+
+    def _by_format(self, rows: str, joined: tuple[Linear, ...]) -> list[str]:
+        """A product for each run of matrices that one product serves."""
         products = []
-        for (form, _), run in groupby(some or self.plan.joined, lambda one: (self.recipe.of(one), one.bias)):
+        for (form, _), run in groupby(joined, lambda one: (self.recipe.of(one), one.bias)):
             matrices = list(run)
             # [inputs, outputs] of one matrix are not neighbors of the next one's: a product each.
             together = [[one] for one in matrices] if form.per_row else [matrices]
             products += [self._joined(rows, part, self.count * sum(one.width for one in part)) for part in together]
-        return products[0] if len(products) == 1 else self.node("Concat", products, axis=-1)[0]
+        return products
 
     def replicated(self, rows: str, matrix: Linear) -> str:
         """The product with a matrix that every share holds: [S, outputs]."""

@@ -10,6 +10,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import msgspec
+
 from ganglion.partitioner.families.plans import Linear, SegmentPlan
 from ganglion.partitioner.quantize.formats import EXACT_BLOCK, Format, Rounding, parse_format
 from ganglion.partitioner.quantize.repack import block_for
@@ -19,6 +21,7 @@ from ganglion.wire.nouns import NumericClass
 
 RULES_BYTES: Final = 1 << 20
 FAST_BLOCK: Final = 128
+PROMPT: Final = Format("int8")  # of a class that mixes formats, for prompt tokens
 WIDER: Final = "int8-32"  # of what a source of 4-bit blocks stores wider, and not in blocks that fit
 
 
@@ -84,6 +87,7 @@ def recipe_of(
     opened = {f"{matrix.tensor}.weight": tensor(matrix) for matrix, _ in matrices}
     bits = packed_bits(opened.values())
     exceptions: dict[str, Format] = {}
+    marked: dict[str, Format] = {}  # beyond the exceptions, what the class's mark is of
     for matrix, summed in matrices:
         name = f"{matrix.tensor}.weight"
         form = rules.of(name)
@@ -95,6 +99,8 @@ def recipe_of(
                 f"{replace(form, block=EXACT_BLOCK).name} or a fast class",
                 param="exceptions",
             )
+        elif numeric_class.prompt and form != PROMPT:
+            marked[f"prompt {name}"] = form
         if form != base:
             exceptions[name] = form
     for pattern, _ in rules.exceptions:
@@ -109,15 +115,18 @@ def recipe_of(
         for name, weights in opened.items()
         if exceptions.get(name, base).kind == "fp16" and weights.stored == "bfloat16"
     )
-    named = replace_exceptions(numeric_class, _digest(exceptions, rules.rounding))
+    named = msgspec.structs.replace(numeric_class, exceptions=_digest(exceptions | marked, rules.rounding))
     return Recipe(named, exceptions, bfloat16, rules.rounding)
 
 
-def replace_exceptions(numeric_class: NumericClass, exceptions: str) -> NumericClass:
-    """The class with another digest of exceptions."""
-    return NumericClass(
-        format=numeric_class.format, block=numeric_class.block, exact=numeric_class.exact, exceptions=exceptions
-    )
+def prompt_recipe(recipe: Recipe, plans: Iterable[SegmentPlan], rules: Rules) -> Recipe:
+    """The formats in which prompt tokens run through `plans`, for a class that mixes formats: int8, or by a rule.
+
+    To its class, which is that of `recipe`, they are exceptions like others: kinds of segments are named after them.
+    """
+    names = {f"{matrix.tensor}.weight" for plan in plans for matrix in plan.linears}
+    formats = {name: rules.of(name) or PROMPT for name in sorted(names)}
+    return replace(recipe, exceptions={name: form for name, form in formats.items() if form != recipe.base})
 
 
 def packed_bits(weights: Iterable[Weights]) -> int:

@@ -1,6 +1,6 @@
 """The shared nouns: frozen types that every room speaks of. Importing them loads neither grpc nor cryptography."""
 
-from ganglion.wire.nouns.device import DeviceProfile, FormatRate
+from ganglion.wire.nouns.device import BATCH_ROWS, PREFILL_ROWS, DeviceProfile, FormatRate
 from ganglion.wire.nouns.document import Document, digest, from_json, to_json
 from ganglion.wire.nouns.manifest import (
     EXACT_POSITIONS,
@@ -28,8 +28,10 @@ from ganglion.wire.nouns.plan import (
 )
 
 __all__ = [
+    "BATCH_ROWS",
     "EXACT_POSITIONS",
     "MANIFEST_FORMAT",
+    "PREFILL_ROWS",
     "PREFIX_BLOCK_TOKENS",
     "WEIGHTS_FILE",
     "Candidate",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 import msgspec
 
 from ganglion.wire.nouns.document import Document
+
+BATCH_ROWS: Final = 16  # of the products that are timed for batches
+PREFILL_ROWS: Final = 128  # and for prompts
 
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**50)]
 Rate = Annotated[float, msgspec.Meta(ge=0.0, le=1e16)]
@@ -18,11 +21,13 @@ class FormatRate(Document, frozen=True, kw_only=True):
     """Measured rates of one weight format on this device, with `threads` of its profile.
 
     decode_bytes_per_s: bytes of weights streamed per second by a one-row product (GEMV).
-    prefill_flop_per_s: floating-point operations per second of a 128-row product (GEMM).
+    prefill_flop_per_s: floating-point operations per second of a PREFILL_ROWS-row product (GEMM).
+    batch_bytes_per_s: bytes of weights streamed per second by a BATCH_ROWS-row product; 0 where it was not measured.
     """
 
     decode_bytes_per_s: Rate
     prefill_flop_per_s: Rate
+    batch_bytes_per_s: Rate = 0.0
 
 
 class DeviceProfile(Document, frozen=True, kw_only=True):

@@ -109,20 +109,29 @@ class NumericClass(Document, frozen=True, kw_only=True):
     exact: each group its own product, products added in float64, partial sums travel as float64, attention with at
     least two rows. fast: one product per share, float32 sums. format: of matrices; fp16 is stored in 16 bits and
     multiplied as fp32; int8 without a block rounds rows to 8 bits, each with its own scale. exceptions: marks matrices
-    of other formats and the rounding: the first digits of a SHA-256 over both, "" where there are none.
+    of other formats and the rounding: the first digits of a SHA-256 over both, "" where there are none. prompt: of
+    matrices as prompt tokens run through them (int8 without a block), "" where all tokens run in `format`. It goes by a
+    token's role, never by its batch: prompt tokens are those that a session began with, also when it is replayed.
     """
 
     format: Literal["fp32", "fp16", "int4", "int8"]
     block: Literal[0, 16, 32, 64, 128]
     exact: bool
     exceptions: Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{8})?$")] = ""
+    prompt: Literal["", "int8"] = ""
 
     @property
     def name(self) -> str:
-        """For example "fp32-exact", "int4-32-exact", "int4-128-fast", "int4-32+1b2f0c3d-exact"."""
+        """For example "fp32-exact", "int4-128-fast", "int4-32+1b2f0c3d-exact"; mixed "int8:int4-32-exact"."""
+        prompt = f"{self.prompt}:" if self.prompt else ""
         block = f"-{self.block}" if self.block else ""
         exceptions = f"+{self.exceptions}" if self.exceptions else ""
-        return f"{self.format}{block}{exceptions}-{'exact' if self.exact else 'fast'}"
+        return f"{prompt}{self.format}{block}{exceptions}-{'exact' if self.exact else 'fast'}"
+
+    @property
+    def choice(self) -> str:
+        """What a person asks for to get it: its format, or "mixed"."""
+        return "mixed" if self.prompt else self.format
 
 
 class Embedding(Document, frozen=True, kw_only=True):
@@ -144,6 +153,8 @@ class RopeTable(Document, frozen=True, kw_only=True):
 class Manifest(Document, frozen=True, kw_only=True):
     """A cut model. Its digest (of the canonical JSON) names it.
 
+    prompt_layers: those that prompt tokens run through where the class mixes formats, else (); their segments differ
+    from those of `layers` in kind and slots only. Embedding, ropes, key-value state and head are common.
     Graph inputs and outputs (rows: S; g groups; "delta", "partial" are float64 in exact classes, else float32):
       every segment:  res f32[S,H], delta[S,H] -> res_out f32[S,H], partial[S,width]; of a segment that takes "carry"
                       carry f32[S,g*carry], delta[S,width] (both of the segment before) -> partial
@@ -170,6 +181,7 @@ class Manifest(Document, frozen=True, kw_only=True):
     opset: Positive
     geometry: Geometry
     layers: tuple[Layer, ...]
+    prompt_layers: tuple[Layer, ...] = ()
     head: Segment
     embedding: Embedding
     ropes: dict[str, tuple[RopeTable, ...]]  # by rising context: a deployment takes the first that is long enough
@@ -179,3 +191,13 @@ class Manifest(Document, frozen=True, kw_only=True):
     bos_id: int | None
     eos_ids: tuple[int, ...]
     parameters: Count
+
+    def __post_init__(self) -> None:
+        if bool(self.prompt_layers) != bool(self.numeric_class.prompt):
+            raise ValueError(f"{len(self.prompt_layers)} prompt layers in class {self.numeric_class.name}")
+        if self.prompt_layers and list(map(_outline, self.layers)) != list(map(_outline, self.prompt_layers)):
+            raise ValueError("prompt layers: segments differ from those of the layers in more than kind and slots")
+
+
+def _outline(layer: Layer) -> list[Segment]:
+    return [msgspec.structs.replace(segment, kind="", slots=()) for segment in layer.segments]
