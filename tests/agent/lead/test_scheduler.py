@@ -84,21 +84,39 @@ def test_a_full_queue_refuses():
 
 def test_where_formats_mix_steps_of_both_roles_take_turns():
     scheduler = Scheduler(chunk=4, sessions=3, kv_tokens=4096, mixed=True)
-    scheduler.open(1, 2)
+    scheduler.open(1, 2, "a")
     assert scheduler.next_step() == Step(1, (Entry(1, 0, 2, True),), role="prompt")
     scheduler.drawn(1)
-    scheduler.open(2, 9)
-    scheduler.open(3, 1)
+    scheduler.open(2, 9, "b")
+    scheduler.open(3, 1, "c")
     assert scheduler.next_step() == Step(2, (Entry(1, 2, 1, True),), decoding=1, role="generated")
     scheduler.drawn(1)
-    assert scheduler.next_step() == Step(3, (Entry(3, 0, 1, True), Entry(2, 0, 3, False)), role="prompt")
+    assert scheduler.next_step(3) == Step(3, (Entry(2, 0, 3, False),), role="prompt")  # 1 waits for it
+    assert scheduler.next_step() == Step(4, (Entry(1, 3, 1, True),), decoding=1, role="generated")
+    scheduler.drawn(1)
+    assert scheduler.next_step() == Step(5, (Entry(3, 0, 1, True), Entry(2, 3, 3, False)), role="prompt")
     scheduler.drawn(3)
-    assert scheduler.next_step() == Step(4, (Entry(1, 3, 1, True), Entry(3, 1, 1, True)), decoding=2, role="generated")
+    step = Step(6, (Entry(1, 4, 1, True), Entry(3, 1, 1, True)), decoding=2, role="generated")
+    assert scheduler.next_step() == step
     scheduler.close(1)
     scheduler.close(3)
-    assert scheduler.next_step() == Step(5, (Entry(2, 3, 4, False),), (1, 3), role="prompt")
-    assert scheduler.next_step() == Step(6, (Entry(2, 7, 2, True),), role="prompt")
+    assert scheduler.next_step(1) == Step(7, (Entry(2, 6, 3, True),), (1, 3), role="prompt")  # nobody waits for it
     assert scheduler.next_step() is None
+
+
+def test_what_was_drawn_is_replayed_in_its_role():
+    scheduler = Scheduler(chunk=1024, sessions=4, kv_tokens=1024, mixed=True)
+    scheduler.open(1, 510)
+    scheduler.open(2, 300)
+    assert scheduler.next_step() == Step(1, (Entry(1, 0, 510, True), Entry(2, 0, 300, True)), role="prompt")
+    for _ in range(2):
+        scheduler.drawn(1)
+        scheduler.drawn(2)
+        step = scheduler.next_step()
+    assert step == Step(3, (Entry(1, 511, 1, True),), put_back=(2,), decoding=1, role="generated")
+    scheduler.close(1)
+    assert scheduler.next_step() == Step(4, (Entry(2, 0, 300, False),), (1,), role="prompt")
+    assert scheduler.next_step() == Step(5, (Entry(2, 300, 2, True),), role="generated")
 
 
 def test_prompts_take_turns_by_client_and_so_do_admissions():

@@ -1,8 +1,8 @@
 """How many rows of prompts a step takes beside decoding ones, so that running streams wait a bounded time: a pure core.
 
 A step that also runs prompts may take STALL_FACTOR times what decoding alone takes: that is how long a running stream
-waits for its next token while prompts arrive. Where steps of prompts are steps of their own (a class that mixes formats)
-both together are so bounded, as far as LEAST_ROWS_ALONE allow. What steps take is measured by the driver and told here.
+waits for its next token while prompts arrive. Where prompts have steps of their own (a class that mixes formats) both
+together are so bounded, as far as LEAST_ROWS_ALONE allow. What steps take is measured by the driver and told here.
 """
 
 from __future__ import annotations
