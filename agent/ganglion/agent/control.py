@@ -36,6 +36,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
     node_id: str
     bind: str
     beat_path: str
+    store_budget_bytes: int = 0
 
 
 class Connect(msgspec.Struct, frozen=True, kw_only=True, tag="connect"):

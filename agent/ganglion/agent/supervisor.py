@@ -392,6 +392,7 @@ class Supervisor:
             node_id=self._identity.node_id,
             bind=self._bind,
             beat_path=str(beat),
+            store_budget_bytes=self._store.budget_bytes,
         )
         try:
             worker = await WorkerProcess.spawn(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -11,11 +15,12 @@ from typing import Any, Final
 import onnxruntime as ort
 
 from ganglion.agent.executor.graph_file import check_file, check_graph
-from ganglion.wire.errors import Corrupt, Internal, InvalidDocument
+from ganglion.agent.executor.prepacked import PART_GRAPH, Prepacked, Sources
+from ganglion.wire.errors import Corrupt, GanglionError, Internal, InvalidDocument
 from ganglion.wire.nouns import WEIGHTS_FILE, Manifest, NumericClass, Range, Segment, Share, Stage
 from ganglion.wire.shares import OpenPiece, weights_size, write_weights
 
-GRAPH_FILE: Final = "graph.onnx"
+GRAPH_FILE: Final = PART_GRAPH
 _pool_lock = threading.Lock()
 _pool_threads: int | None = None
 
@@ -47,6 +52,17 @@ def _options() -> ort.SessionOptions:
     options.log_severity_level = 3
     options.add_session_config_entry("session.use_env_allocators", "1")
     return options
+
+
+def _session(graph: Path, save: Path | None) -> Any:
+    """A session of `graph`, whose weights lie beside it; `save`: where to write it with its weights prepacked."""
+    options = _options()
+    if save is not None:
+        options.optimized_model_filepath = str(save)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS_FILE)
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,42 +125,71 @@ def load_shard(
     open_piece: OpenPiece,
     folder: Path,
     progress: Callable[[int, int], None],
+    prepacked: Prepacked | None = None,
 ) -> Shard:
-    """Write graphs and weights below `folder`, open every session; `progress(done_bytes, total_bytes)` as it goes.
+    """Open every session, `progress(done_bytes, total_bytes)` as it goes, in as many threads as compute.
 
-    Raises Corrupt (a graph or piece that is not what the manifest says), NotFound (a piece is missing), InvalidDocument
-    (a plan that does not go with the manifest).
+    From prepacked parts where those are given; else graphs and weights are put together below `folder`, where nothing
+    is left: what is loaded stays mapped. Raises Corrupt (a graph or piece that is not what the manifest says), NotFound
+    (a piece is missing), InvalidDocument (a plan that does not go with the manifest).
     """
     parts = list(_parts(manifest, stage, share))
     total, done = sum(part.size for part in parts), 0
     loaded = []
-    for part in parts:
-        runs = _runs(part.name, part.segment, part.share)
-        session = _load(manifest, part, open_piece, folder / part.name) if runs else None
-        done += part.size
-        progress(done, total)
-        loaded.append(LoadedSegment(part.segment, part.share.count, session))
+
+    def load(part: _Part) -> Any | None:
+        if not _runs(part.name, part.segment, part.share):
+            return None
+        return _load(manifest, part, open_piece, folder / part.name, prepacked)
+
+    with ThreadPoolExecutor(_pool_threads or 1, thread_name_prefix="load") as pool:
+        try:
+            for part, session in zip(parts, pool.map(load, parts), strict=True):
+                done += part.size
+                progress(done, total)
+                loaded.append(LoadedSegment(part.segment, part.share.count, session))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    _return_memory()
     head = loaded.pop()
     return Shard(tuple(loaded), head if head.session is not None else None, total)
 
 
-def _load(manifest: Manifest, part: _Part, open_piece: OpenPiece, folder: Path) -> Any:
+def _return_memory() -> None:
+    """Give back what packing left free: glibc would keep up to half of the weights' size."""
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
+
+
+def _load(manifest: Manifest, part: _Part, open_piece: OpenPiece, folder: Path, prepacked: Prepacked | None) -> Any:
     name = f"{part.segment.kind}/{part.share.count}"
     piece = manifest.graphs.get(name)
     if piece is None:
         raise InvalidDocument(f"manifest {manifest.name}: no graph {name!r}, which the plan needs")
-    graph = open_piece(piece.digest)
-    check_graph(graph, part.size)
-    folder.mkdir(mode=0o700, parents=True)
-    (folder / GRAPH_FILE).write_bytes(graph)
-    with (folder / WEIGHTS_FILE).open("wb") as file:
-        write_weights(part.segment, part.share, open_piece, file)
-    check_file(folder / GRAPH_FILE, len(graph))
-    check_file(folder / WEIGHTS_FILE, part.size)
+
+    def write() -> Path:
+        graph = open_piece(piece.digest)
+        check_graph(graph, part.size)
+        folder.mkdir(mode=0o700, parents=True)
+        (folder / GRAPH_FILE).write_bytes(graph)
+        with (folder / WEIGHTS_FILE).open("wb") as file:
+            write_weights(part.segment, part.share, open_piece, file)
+        check_file(folder / GRAPH_FILE, len(graph))
+        check_file(folder / WEIGHTS_FILE, part.size)
+        return folder / GRAPH_FILE
+
     try:
-        session = ort.InferenceSession(folder / GRAPH_FILE, _options(), providers=["CPUExecutionProvider"])
+        if prepacked is None:
+            session = _session(write(), None)
+        else:
+            session = prepacked.open(Sources(piece, part.segment, part.share, part.size), write, _session)
+    except (GanglionError, OSError):
+        raise
     except Exception as error:
         raise Corrupt(f"graph {name} of {manifest.name} does not load: {error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     _check_ends(name, session, part, manifest.numeric_class)
     return session
 
