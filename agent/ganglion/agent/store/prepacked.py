@@ -65,7 +65,7 @@ class PrepackedParts:
             for file in files:
                 file.chmod(0o600)
                 _sync(file)
-            record = _Record({file.name: file.stat().st_size for file in files}, _sample(files), pieces)
+            record = _Record({file.name: file.stat().st_size for file in files}, sample(files), pieces)
             (scratch / RECORD_FILE).write_bytes(msgspec.json.encode(record))
             _sync(scratch / RECORD_FILE)
             lock = _locked(scratch / RECORD_FILE, fcntl.LOCK_SH)
@@ -196,11 +196,11 @@ def _check(place: Path, lock: int) -> None:
     found = {file.name: file.lstat().st_size for file in files}
     if found != record.sizes:
         raise Corrupt(f"{place}: has {found}, its record says {record.sizes}")
-    if _sample(files) != record.sample:
+    if sample(files) != record.sample:
         raise Corrupt(f"{place}: what it holds is not what was written")
 
 
-def _sample(files: list[Path]) -> str:
+def sample(files: list[Path]) -> str:
     """Digest of the first and last block of each file, and of one in every 4 MiB; of files up to 4 MiB of all."""
     digest = hashlib.sha256()
     for path in files:
