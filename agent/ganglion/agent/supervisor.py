@@ -429,6 +429,7 @@ class Supervisor:
         if worker is not None:
             await worker.stop()
         await asyncio.to_thread(shutil.rmtree, self._run_path(key), ignore_errors=True)
+        await asyncio.to_thread(self._store.prepacked.sweep)  # what it had not kept yet
         for suffix in (".beat", ".log"):
             self._run_path(key, suffix).unlink(missing_ok=True)
 

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 PART_GRAPH: Final = "graph.onnx"
 FORMAT: Final = "1"  # of parts: changes whenever an older one must not be opened any more
-LEAST_BYTES: Final = 1 << 20  # of weights; less is packed sooner than looked up
+LEAST_BYTES: Final = 4 << 20  # of weights; less is packed sooner than looked up
 GROWTH: Final = 3.0  # a part's bytes over its weights', at most: 2.1 to 2.2 where it was measured
 SPARE_BYTES: Final = 1 << 30  # of disk that parts leave free
 
@@ -97,15 +97,19 @@ class Prepacked:
 
     def keep(self) -> None:
         """Sync what `open` made and make it visible, which takes as long as the disk does. For a thread beside."""
-        while self._made:
-            made = self._made.pop(0)
+        while True:
+            with self._lock:
+                if not self._made:
+                    return
+                made = self._made.pop(0)
             try:
                 lock = self._store.prepacked.keep(made.scratch, made.key, made.pieces)
             except OSError as error:
                 self._give_up(str(error))
                 continue
             if lock is not None:
-                self._locks.append(lock)
+                with self._lock:
+                    self._locks.append(lock)
 
     def close(self) -> None:
         """Forget what was made and not kept, and let others evict what was opened; sessions stay valid."""

@@ -96,7 +96,8 @@ class PrepackedParts:
             log.warning("prepacked part %s is made again: %s", key[:12], error)
             self.remove(key)
             return None
-        os.utime(place / RECORD_FILE)
+        with contextlib.suppress(OSError):  # somebody found it broken meanwhile
+            os.utime(place / RECORD_FILE)
         return place, lock
 
     def remove(self, key: str) -> int:
