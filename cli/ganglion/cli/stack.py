@@ -19,10 +19,12 @@ from ganglion.wire.home import Home, make_private_folder
 LOGS: Final = "log"
 
 
-def _import_deploying() -> None:
-    """What comes next takes a third of a second to import, and children that start leave the time for it."""
+def _import_deploying(*, cutting: bool) -> None:
+    """What comes next, imported in the time that the last child takes to start; `cutting`: a home without the demo."""
     import ganglion.cli.deploying
-    import ganglion.partitioner.cut  # noqa: F401
+
+    if cutting:
+        import ganglion.partitioner.cut  # noqa: F401
 
 
 class Stack:
@@ -62,8 +64,8 @@ class Stack:
         async with asyncio.TaskGroup() as group:
             agents = group.create_task(self._start("agent", self._agent_arguments()))
             gateways = group.create_task(self._start("gateway", self._gateway_arguments()))
-            importing = group.create_task(asyncio.to_thread(_import_deploying))
             output.step(f"agent {agent.name}: {(await agents)['summary']}")
+            importing = group.create_task(asyncio.to_thread(_import_deploying, cutting=made))
             self.api = str((await gateways)["api"])
             output.step(f"gateway: the API is at {self.api}/v1")
             await importing

@@ -16,8 +16,8 @@ import numpy as np
 from ganglion.agent.probe.shapes import GRAPHS, PREFILL_ROWS, SHAPES, Shape, Size
 from ganglion.wire.nouns import FormatRate
 
-DECODE_S: Final = 0.5  # for all formats together
-PREFILL_S: Final = 0.1  # for each format
+DECODE_S: Final = 0.35  # for all formats together
+PREFILL_S: Final = 0.06  # for each format
 DISK_BYTES: Final = 24 << 20
 DISK_BLOCK_BYTES: Final = 1 << 20
 
