@@ -48,37 +48,39 @@ class Bare:
         flip = 0
         for number, layer in enumerate(manifest.layers):
             for half_number, segment in enumerate(layer.segments):
-                session = self._open(folder / f"{number}-{half_number}", segment)
-                binding = session.io_binding()
-                binding.bind_ortvalue_input("res", self._residual[flip][1])
-                binding.bind_ortvalue_input("delta", self._delta[flip][1])
-                binding.bind_ortvalue_output("res_out", self._residual[1 - flip][1])
-                binding.bind_ortvalue_output("partial", self._delta[1 - flip][1])
-                if segment.axis == "heads":
+                values = {
+                    "res": self._residual[flip][1],
+                    "delta": self._delta[flip][1],
+                    "res_out": self._residual[1 - flip][1],
+                    "partial": self._delta[1 - flip][1],
+                }
+                if segment.attends:
                     for name in ("key", "value"):
                         cache = self._value((1, g.head_groups, context + 2, g.head_dim), np.float32)[1]
-                        binding.bind_ortvalue_input(f"past_{name}", cache)
-                        binding.bind_ortvalue_output(f"present_{name}", cache)
-                    for name, value in (
-                        ("seqlens_k", self._seqlens),
-                        ("total", self._total),
-                        ("cos", self._cos),
-                        ("sin", self._sin),
-                    ):
-                        binding.bind_ortvalue_input(name, value[1])
-                self._runs.append((session, binding))
+                        values |= {f"past_{name}": cache, f"present_{name}": cache}
+                    values |= {"seqlens_k": self._seqlens[1], "total": self._total[1]}
+                    values |= {"cos": self._cos[1], "sin": self._sin[1]}
+                self._bind(self._open(folder / f"{number}-{half_number}", segment), values)
                 flip = 1 - flip
-        session = self._open(folder / "head", manifest.head)
-        binding = session.io_binding()
-        binding.bind_ortvalue_input("res", self._residual[flip][1])
-        binding.bind_ortvalue_input("delta", self._delta[flip][1])
-        binding.bind_ortvalue_output("logits", self._logits[1])
-        self._runs.append((session, binding))
+        values = {"res": self._residual[flip][1], "delta": self._delta[flip][1], "logits": self._logits[1]}
+        self._bind(self._open(folder / "head", manifest.head), values)
         stored = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}[manifest.embedding.dtype]
         self._embedding = [
             np.memmap(piece(ref.digest), stored, "r", shape=(g.vocab_group_rows, g.hidden))
             for ref in manifest.embedding.pieces
         ]
+
+    def _bind(self, sessions: list[ort.InferenceSession], values: dict[str, Any]) -> None:
+        """Bind a segment's graphs to `values` by name; rows between them get buffers of their own."""
+        for session in sessions:
+            binding = session.io_binding()
+            for one in session.get_outputs():
+                if one.name not in values:
+                    values[one.name] = self._value((1, one.shape[-1]), np.float32)[1]
+                binding.bind_ortvalue_output(one.name, values[one.name])
+            for one in session.get_inputs():
+                binding.bind_ortvalue_input(one.name, values[one.name])
+            self._runs.append((session, binding))
 
     def step(self, token: int, position: int) -> int:
         """Run one token at `position`; returns the greedy next id."""
@@ -116,21 +118,22 @@ class Bare:
         array = np.ascontiguousarray(table)
         return array, ort.OrtValue.ortvalue_from_numpy(array)
 
-    def _open(self, folder: Path, segment: Segment) -> ort.InferenceSession:
+    def _open(self, folder: Path, segment: Segment) -> list[ort.InferenceSession]:
         folder.mkdir(parents=True, exist_ok=True)
         weights = folder / WEIGHTS_FILE
         with weights.open("wb") as file:
             write_weights(
                 segment, Range(0, segment.groups), lambda digest: memoryview(np.memmap(self._piece_file(digest))), file
             )
-        graph = folder / "graph.onnx"
-        graph.write_bytes(
-            self._piece_file(self.manifest.graphs[f"{segment.kind}/{segment.groups}"].digest).read_bytes()
-        )
         options = ort.SessionOptions()
         options.use_per_session_threads = False
         options.log_severity_level = 3
-        return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        found = []
+        for number, piece in enumerate(self.manifest.graphs[f"{segment.kind}/{segment.groups}"]):
+            graph = folder / f"{number}.onnx"
+            graph.write_bytes(self._piece_file(piece.digest).read_bytes())
+            found.append(ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"]))
+        return found
 
 
 def main() -> None:

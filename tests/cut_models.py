@@ -29,10 +29,11 @@ class CutModel:
         """Have an agent's scan of foreign graphs accept each one; the segments by kind."""
         segments = {one.kind: one for layer in self.manifest.layers for one in layer.segments}
         segments[self.manifest.head.kind] = self.manifest.head
-        for graph, ref in self.manifest.graphs.items():
+        for graph, refs in self.manifest.graphs.items():
             kind, count = graph.split("/")
-            data = self.pieces.file(ref.digest).read_bytes()
-            check_graph(data, weights_size(segments[kind], Range(0, int(count))))
+            for ref in refs:
+                data = self.pieces.file(ref.digest).read_bytes()
+                check_graph(data, weights_size(segments[kind], Range(0, int(count))))
         return segments
 
 

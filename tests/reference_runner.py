@@ -44,6 +44,15 @@ def cut_evenly(manifest: Manifest, weights: Sequence[float]) -> list[Cut]:
     return [Cut(*axis) for axis in axes]
 
 
+def chained(sessions: Sequence[ort.InferenceSession], feeds: dict[str, Any]) -> dict[str, Any]:
+    """The outputs of graphs that run one after the other, by name."""
+    found: dict[str, Any] = {}
+    for session in sessions:
+        taken = {one.name: (feeds | found)[one.name] for one in session.get_inputs()}
+        found |= zip([one.name for one in session.get_outputs()], session.run(None, taken), strict=True)
+    return found
+
+
 class Runner:
     """Runs `manifest` (pieces in `pieces`) over `shares`, all in this process; `folder` takes the assembled weights.
 
@@ -65,7 +74,7 @@ class Runner:
         self.exact = manifest.numeric_class.exact
         self.spoil = spoil  # mutants: (segment number, rank, partial) -> partial
         self.threads = threads
-        self.sessions: dict[tuple[int, int, int], ort.InferenceSession] = {}
+        self.sessions: dict[tuple[int, int, int], list[ort.InferenceSession]] = {}
         for rank, share in enumerate(self.shares):
             for layer, entry in enumerate(manifest.layers):
                 for half, segment in enumerate(entry.segments):
@@ -112,16 +121,15 @@ class Runner:
             for half, segment in enumerate(entry.segments):
                 left: list[Any] = []
                 for rank, share in enumerate(self.shares):
-                    session = self.sessions.get((rank, layer, half))
-                    if session is None:
+                    sessions = self.sessions.get((rank, layer, half))
+                    if sessions is None:
                         left.append(None)
                         continue
                     feeds: dict[str, Any] = {"delta": deltas[rank]}
                     feeds |= {"carry": carried[rank]} if segment.takes == "carry" else {"res": res}
                     if segment.attends and self._range(share, segment).count:
                         feeds |= self._attention_feeds(rank, layer, start, len(res), segment.rope)
-                    names = [one.name for one in session.get_outputs()]
-                    found = dict(zip(names, session.run(None, feeds), strict=True))
+                    found = chained(sessions, feeds)
                     if "present_key" in found:
                         self.caches[rank, layer] = [found["present_key"], found["present_value"]]
                     carried[rank] = found.get("carry")
@@ -142,7 +150,7 @@ class Runner:
 
     def _head(self, res: Floats, delta: Any) -> Floats:
         parts = [
-            self.sessions[rank, -1, 0].run(None, {"res": res, "delta": delta})[0]
+            self.sessions[rank, -1, 0][0].run(None, {"res": res, "delta": delta})[0]
             for rank, share in enumerate(self.shares)
             if share.vocab.count
         ]
@@ -174,15 +182,18 @@ class Runner:
         with (folder / WEIGHTS_FILE).open("wb") as file:
             write_weights(segment, share, lambda digest: memoryview(self.pieces.file(digest).read_bytes()), file)
         assert (folder / WEIGHTS_FILE).stat().st_size == weights_size(segment, share)
-        graph = folder / "graph.onnx"
-        graph.write_bytes(self._piece(self.manifest.graphs[f"{segment.kind}/{share.count}"]))
         options = ort.SessionOptions()
         # One pool for the process: in one that has it (an agent's tests), sessions with pools of their own are refused.
         start_runtime(self.threads)
         options.use_per_session_threads = False
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 3
-        self.sessions[key] = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        self.sessions[key] = []
+        for number, piece in enumerate(self.manifest.graphs[f"{segment.kind}/{share.count}"]):
+            graph = folder / f"{number}.onnx"
+            graph.write_bytes(self._piece(piece))
+            session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+            self.sessions[key].append(session)
 
     def _piece(self, ref: PieceRef) -> bytes:
         data = self.pieces.file(ref.digest).read_bytes()

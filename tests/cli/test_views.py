@@ -24,6 +24,7 @@ PLAN = Plan(
     numeric_class=NumericClass(format="fp32", block=0, exact=True),
     context=256,
     sessions=2,
+    kv_tokens=4 * 8192,
     chunk=64,
     stages=(
         Stage(

@@ -68,7 +68,7 @@ def make_manifest(name: str = "tiny", layers: int = 2) -> Manifest:
         return Segment(kind=kind, axis=axis, groups=groups, slots=(grouped, whole))
 
     return Manifest(
-        format_version=2,
+        format_version=3,
         name=name,
         family="llama",
         source_digest="cd" * 32,
@@ -140,6 +140,7 @@ def all_devices(manifest: Manifest, devices: Sequence[Device], links: object, op
         numeric_class=manifest.numeric_class,
         context=512,
         sessions=1,
+        kv_tokens=4 * 8192,
         chunk=256,
         stages=(Stage(layers=Range(0, 2), shares=tuple(shares), topology="mesh"),),
         threads={device.node_id: 1 for device in ranked},

@@ -168,7 +168,7 @@ def manifest_of(name: str, files: dict[str, bytes], *, vocab: int = 260, context
         vocab_group_rows=vocab,
     )
     return Manifest(
-        format_version=2,
+        format_version=3,
         name=name,
         family="llama",
         source_digest=nothing.digest,
@@ -405,6 +405,7 @@ class Fleet:
             numeric_class=NUMERIC,
             context=manifest.geometry.context,
             sessions=4,
+            kv_tokens=4 * 8192,
             chunk=64,
             stages=(Stage(layers=Range(0, 1), shares=(share,), topology="mesh"),),
             threads={node: 1},

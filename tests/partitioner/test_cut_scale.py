@@ -176,7 +176,7 @@ def test_a_new_share_re_cuts_nothing(source, tmp_path):
         manifest.geometry.vocab_groups,
     )
     everywhere = {piece.digest for piece in all_pieces(manifest)} - {
-        piece.digest for piece in (*manifest.tokenizer.values(), *manifest.graphs.values())
+        piece.digest for pieces in (manifest.tokenizer.values(), *manifest.graphs.values()) for piece in pieces
     }
     for first in range(1, columns):
         split = min(first, heads)
@@ -193,6 +193,7 @@ def test_a_new_share_re_cuts_nothing(source, tmp_path):
             numeric_class=manifest.numeric_class,
             context=64,
             sessions=1,
+            kv_tokens=4 * 8192,
             chunk=16,
             stages=(stage,),
             threads={"a" * 26: 1, "b" * 26: 1},

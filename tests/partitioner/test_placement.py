@@ -84,7 +84,7 @@ def manifest(
         slots=(Slot(name="out", join="rows", rows=1, pieces=(ref(16000 * scale),) * vocab_groups),),
     )
     return Manifest(
-        format_version=2,
+        format_version=3,
         name="m",
         family="llama",
         source_digest="1" * 64,

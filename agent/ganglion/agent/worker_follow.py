@@ -47,8 +47,9 @@ class Follower:
         self._step = step.step
         executor = self._runner.executor
         for session in step.closed:
-            executor.close(session)
             self._adjustments.pop(session, None)
+        for session in (*step.closed, *step.put_back):
+            executor.close(session)
         self._draws = [self._draw(entry) for entry in step.entries if entry.HasField("draw")]
         rows = sum(entry.count for entry in step.entries)
         if rows == 0:

@@ -116,7 +116,12 @@ ContextOption = Annotated[
     ),
 ]
 SessionsOption = Annotated[
-    int, typer.Option("--sessions", help="Sessions at the same time. Default: at most 4.", show_default=False)
+    int,
+    typer.Option(
+        "--sessions",
+        help="Sessions at the same time; they share the key-value memory. Default: 16.",
+        show_default=False,
+    ),
 ]
 PrivateOption = Annotated[bool, typer.Option("--private", help="Use only devices with the label owner.")]
 NameOption = Annotated[

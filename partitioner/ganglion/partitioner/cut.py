@@ -18,7 +18,7 @@ from ganglion.partitioner.expert_slots import expert_bytes
 from ganglion.partitioner.families.experts import Mixture
 from ganglion.partitioner.families.model import RopeVariant
 from ganglion.partitioner.families.plans import Head, SegmentPlan
-from ganglion.partitioner.graphs import OPSET, build_graph
+from ganglion.partitioner.graphs import OPSET, build_graphs
 from ganglion.partitioner.journal import Pieces, open_journal
 from ganglion.partitioner.pages import drop_pages
 from ganglion.partitioner.quantize.recipe import Recipe, Rules
@@ -92,7 +92,7 @@ def partition(
         for plan_layer, layer in zip(by_layer, layers, strict=True):
             kinds |= {plan.kind: (plan, segment) for plan, segment in zip(plan_layer, layer.segments, strict=True)}
         graphs = {
-            f"{kind}/{count}": sink.put(build_graph(plan, segment, count, model, recipe))
+            f"{kind}/{count}": tuple(map(sink.put, build_graphs(plan, segment, count, model, recipe)))
             for kind, (plan, segment) in sorted(kinds.items())
             for count in _counts(plan)
         }

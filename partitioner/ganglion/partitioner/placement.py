@@ -23,7 +23,7 @@ from ganglion.partitioner.cost import (
     decode_rate,
     rate_key,
 )
-from ganglion.partitioner.placement_candidates import Outcome, Request, pipeline, tensor
+from ganglion.partitioner.placement_candidates import FULL_CONTEXTS, Outcome, Request, pipeline, tensor
 from ganglion.wire.errors import InvalidRequest, NotFound, PermissionDenied
 from ganglion.wire.nouns import Candidate, Manifest, PlanOptions, PlanReport, digest
 
@@ -132,24 +132,24 @@ def _select(devices: Sequence[Device], manifest: Manifest, options: PlanOptions)
 
 
 def _rungs(manifest: Manifest, options: PlanOptions) -> tuple[tuple[int, int], ...]:
-    """(context, sessions) from the most wanted to the least.
+    """(context, full contexts that fit at a time) from the most wanted to the least.
 
-    What the options leave open is reduced in this order: the context down to 8192 tokens, the sessions from four to
-    one, then the context down to 512.
+    What the options leave open is reduced in this order: the context down to 8192 tokens, the key-value memory from
+    four full contexts to one, then the context down to 512.
     """
     own = manifest.geometry.context
     if options.context > own:
         raise InvalidRequest(f"context: {options.context} asked, {manifest.name} has {own}", param="context")
-    sessions = [options.sessions] if options.sessions else [4, 3, 2, 1]
+    held = range(min(FULL_CONTEXTS, options.sessions or FULL_CONTEXTS), 0, -1)
     if options.context:
-        return tuple((options.context, count) for count in sessions)
+        return tuple((options.context, count) for count in held)
     contexts = [own]
     while contexts[-1] // 2 >= 512:
         contexts.append(contexts[-1] // 2)
     comfortable = [context for context in contexts if context >= min(own, 8192)]
-    rungs = [(context, sessions[0]) for context in comfortable]
-    rungs += [(comfortable[-1], count) for count in sessions[1:]]
-    rungs += [(context, sessions[-1]) for context in contexts[len(comfortable) :]]
+    rungs = [(context, held[0]) for context in comfortable]
+    rungs += [(comfortable[-1], count) for count in held[1:]]
+    rungs += [(context, held[-1]) for context in contexts[len(comfortable) :]]
     return tuple(rungs)
 
 

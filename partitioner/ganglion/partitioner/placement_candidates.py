@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 from ganglion.partitioner.cost import (
     COLD_RUN_S,
@@ -39,8 +39,11 @@ from ganglion.partitioner.placement_split import (
 from ganglion.wire.nouns import Manifest, Plan, PlanOptions, Range, Share, Stage
 from ganglion.wire.nouns.plan import Topology
 
+SESSIONS: Final = 16  # at a time, where none were asked for
+FULL_CONTEXTS: Final = 4  # that fit in the key-value memory of all sessions, at most
+
 Rung = tuple[int, int]
-"""(context in tokens, sessions)."""
+"""(context in tokens, full contexts that fit in the key-value memory)."""
 
 EMPTY = Range(0, 0)
 
@@ -259,7 +262,7 @@ def _ranges(counts: Sequence[int]) -> list[Range]:
 def _finish(request: Request, outcome: Outcome, parts: Sequence[Slice], stages: tuple[Stage, ...], rung: Rung) -> None:
     """Predict `stages`, weigh every share, and make the plan."""
     size, network = request.size, request.network
-    context, sessions = rung
+    context, held = rung
     by_id = {part.device.node_id: part for part in parts}
     hidden_bytes = request.manifest.geometry.hidden * (8 if request.manifest.handover == "parts" else 4)
     compute_s = handover_s = sums_s = 0.0
@@ -287,18 +290,19 @@ def _finish(request: Request, outcome: Outcome, parts: Sequence[Slice], stages: 
     told = [f"{sums} exchanges of {sums_s / sums * 1e3:.2f} ms"] if sums else []
     told += [f"{handovers} hand-overs of {handover_s / handovers * 1e3:.2f} ms"] if handovers else []
     outcome.exchanges = ", ".join(told)
-    kv_tokens = sessions * kv_capacity_tokens(context)
+    kv_tokens = held * kv_capacity_tokens(context)
     for stage in stages:
         for share in stage.shares:
             fixed = size.fixed_bytes(chunk=request.chunk(context), lead=share.device == lead)
-            held = size.share_bytes(stage.layers, share.heads, share.columns, share.vocab, kv_tokens=kv_tokens)
-            outcome.memory_bytes[by_id[share.device].device.name] = fixed + held
+            loaded = size.share_bytes(stage.layers, share.heads, share.columns, share.vocab, kv_tokens=kv_tokens)
+            outcome.memory_bytes[by_id[share.device].device.name] = fixed + loaded
     _remark(request, outcome, rung)
     outcome.plan = Plan(
         manifest_digest=request.manifest_digest,
         numeric_class=request.manifest.numeric_class,
         context=context,
-        sessions=sessions,
+        sessions=request.options.sessions or SESSIONS,
+        kv_tokens=kv_tokens,
         chunk=request.chunk(context),
         stages=stages,
         threads={part.device.node_id: part.threads for part in sorted(parts, key=lambda p: p.device.node_id)},
@@ -318,12 +322,12 @@ def _stage_s(size: ModelSize, stage: Stage, parts: dict[str, Slice]) -> float:
 
 
 def _remark(request: Request, outcome: Outcome, rung: Rung) -> None:
-    context, sessions = rung
+    context, held = rung
     own = request.manifest.geometry.context
     if not request.options.context and context < own:
-        outcome.remarks.append(f"context reduced to {context} of {own} to fit: more memory or fewer sessions raises it")
-    if not request.options.sessions and sessions < 4:
-        outcome.remarks.append(f"{sessions} session{'s' if sessions > 1 else ''} at a time fit")
+        outcome.remarks.append(f"context reduced to {context} of {own} to fit: more memory raises it")
+    if held < min(FULL_CONTEXTS, request.options.sessions or FULL_CONTEXTS):
+        outcome.remarks.append(f"key-value memory for {held} full context{'s' if held > 1 else ''}")
     ids = [device.node_id for device in outcome.devices]
     names = {device.node_id: device.name for device in outcome.devices}
     for index, one in enumerate(ids):
@@ -336,10 +340,10 @@ def _remark(request: Request, outcome: Outcome, rung: Rung) -> None:
 
 
 def _missing(outcome: Outcome, device: Device, missing_bytes: int, request: Request) -> str:
-    context, sessions = request.rungs[-1]
+    context, held = request.rungs[-1]
     available = outcome.available_bytes[device.name]
     return (
         f"{outcome.title}: {device.name} lacks {missing_bytes / 1e6:.0f} MB beyond its {available / 1e6:.0f} MB, at"
-        f" context {context} and {sessions} session{'s' if sessions > 1 else ''}: raise its memory budget, lower"
+        f" context {context} and key-value memory for {held} of it: raise its memory budget, lower"
         " the context, use int4, or add a device"
     )

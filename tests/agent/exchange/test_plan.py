@@ -52,6 +52,7 @@ def plan(*stages: Stage) -> Plan:
         numeric_class=NumericClass(format="fp32", block=0, exact=True),
         context=64,
         sessions=1,
+        kv_tokens=4 * 8192,
         chunk=8,
         stages=stages,
         threads={},

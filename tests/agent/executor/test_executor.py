@@ -21,7 +21,7 @@ from ganglion.agent.executor.loader import load_shard, start_runtime
 from ganglion.agent.executor.prepacked import Prepacked
 from ganglion.agent.store import PieceStore
 from ganglion.partitioner.cut import numeric_class, partition
-from ganglion.wire.errors import Corrupt, Exhausted, ProtocolViolation
+from ganglion.wire.errors import Corrupt, Exhausted, InvalidDocument, ProtocolViolation
 from ganglion.wire.nouns import Manifest, Plan, Range, Share, Stage, digest
 
 SHAPES: dict[str, Any] = {
@@ -71,6 +71,7 @@ class Cut:
             numeric_class=self.manifest.numeric_class,
             context=context or self.manifest.geometry.context,
             sessions=sessions,
+            kv_tokens=4 * 8192,
             chunk=chunk,
             stages=(stage,),
             threads={},
@@ -243,18 +244,23 @@ def test_steps_that_no_scheduler_makes_are_refused(cuts):
 
 def test_a_graph_that_is_not_the_contracts_is_corrupt(cuts, tmp_path):
     cut = cuts("llama")
-    swapped = dict(cut.manifest.graphs)
-    kinds = [segment.kind for segment in cut.manifest.layers[0].segments]
-    name = f"{kinds[1]}/1"
-    count = name.partition("/")[2]
-    swapped[f"{kinds[0]}/{count}"] = swapped[name]
-    manifest = msgspec.structs.replace(cut.manifest, graphs=swapped)
-    segment = manifest.layers[0].segments[0]
-    share = Share(device="a" * 26, heads=Range(0, int(count)), columns=Range(0, 16), vocab=Range(0, 1))
+    attention, mlp = (f"{segment.kind}/1" for segment in cut.manifest.layers[0].segments)
+    three, one = cut.manifest.graphs[attention], cut.manifest.graphs[mlp]
+    wider = cut.manifest.graphs[attention.replace("/1", "/2")]
+    share = Share(device="a" * 26, heads=Range(0, 1), columns=Range(0, 1), vocab=Range(0, 1))
     stage = Stage(layers=Range(0, 1), shares=(share,), topology="mesh")
-    assert segment.axis == "heads"
-    with pytest.raises(Corrupt):
-        load_shard(manifest, stage, share, open_piece=cut.store.open, folder=tmp_path / "x", progress=lambda *_: None)
+    swaps = [one, three[:2], three[::-1], (three[0], wider[1], three[2]), (one[0], *three[1:])]
+    for number, swapped in enumerate(swaps):
+        manifest = msgspec.structs.replace(cut.manifest, graphs=cut.manifest.graphs | {attention: swapped})
+        with pytest.raises(InvalidDocument if len(swapped) != 3 else Corrupt):
+            load_shard(
+                manifest,
+                stage,
+                share,
+                open_piece=cut.store.open,
+                folder=tmp_path / f"{number}",
+                progress=lambda *_: None,
+            )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

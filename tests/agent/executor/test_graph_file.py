@@ -247,9 +247,9 @@ def test_E2_only_a_plain_file_of_one_name_is_given_to_the_runtime(tmp_path: Path
 
 
 def test_E2_no_graph_reaches_the_runtime_unscanned() -> None:
-    """Sessions are made in two places: of graphs that the package brings (probe), and of what `_load` had scanned.
+    """Sessions are made in two places: of graphs that the package brings (probe), and of what `_open` had scanned.
 
-    `_load` hands its maker of sessions on with the function that scans; a prepacked part is this agent's own work.
+    `_open` hands its maker of sessions on with the function that scans; a prepacked part is this agent's own work.
     """
     makers, users = [], []
     for path in AGENT.rglob("*.py"):
@@ -267,4 +267,4 @@ def test_E2_no_graph_reaches_the_runtime_unscanned() -> None:
                 if "_session" in named and path.name == "loader.py":
                     users.append((name, "check_graph" in called))
     assert sorted(makers) == ["executor/loader.py:_session", "probe/measure.py:__init__"]
-    assert users == [("executor/loader.py:_load", True)]
+    assert users == [("executor/loader.py:_open", True)]

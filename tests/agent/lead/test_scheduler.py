@@ -1,48 +1,54 @@
-"""The scheduler as a pure core: transcripts of small cases, invariants over random ones."""
+"""The scheduler and the pace as pure cores: transcripts of small cases, invariants over random ones, no clock."""
 
 from __future__ import annotations
+
+import ast
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ganglion.agent.lead import pace as pace_module
+from ganglion.agent.lead import scheduler as scheduler_module
+from ganglion.agent.lead.pace import LEAST_ROWS, STALL_FACTOR, Pace
 from ganglion.agent.lead.scheduler import Entry, Scheduler, Step
 from ganglion.wire.errors import Exhausted
 from ganglion.wire.limits import SESSIONS_QUEUED
 
 
 def test_a_prompt_in_chunks_then_tokens():
-    scheduler = Scheduler(chunk=4, sessions=2)
+    scheduler = Scheduler(chunk=4, sessions=2, kv_tokens=4096)
     scheduler.open(1, 6)
-    assert scheduler.next_step() == Step(1, (Entry(1, 0, 4, False),), ())
-    assert scheduler.next_step() == Step(2, (Entry(1, 4, 2, True),), ())
+    assert scheduler.next_step() == Step(1, (Entry(1, 0, 4, False),))
+    assert scheduler.next_step() == Step(2, (Entry(1, 4, 2, True),))
     assert scheduler.next_step() is None
     scheduler.drawn(1)
-    assert scheduler.next_step() == Step(3, (Entry(1, 6, 1, True),), ())
+    assert scheduler.next_step() == Step(3, (Entry(1, 6, 1, True),), decoding=1)
     scheduler.close(1)
     assert scheduler.next_step() == Step(4, (), (1,))
     assert scheduler.next_step() is None
 
 
 def test_tokens_before_prompts_and_closes_with_the_next_step():
-    scheduler = Scheduler(chunk=4, sessions=3)
+    scheduler = Scheduler(chunk=4, sessions=3, kv_tokens=4096)
     scheduler.open(1, 2)
     scheduler.next_step()
     scheduler.drawn(1)
     scheduler.open(2, 9)
     scheduler.open(3, 1)
-    assert scheduler.next_step() == Step(2, (Entry(1, 2, 1, True), Entry(3, 0, 1, True), Entry(2, 0, 2, False)), ())
-    scheduler.drawn(3)
+    assert scheduler.next_step() == Step(2, (Entry(1, 2, 1, True), Entry(2, 0, 3, False)), decoding=1)
     scheduler.close(1)
-    assert scheduler.next_step() == Step(3, (Entry(3, 1, 1, True), Entry(2, 2, 3, False)), (1,))
+    assert scheduler.next_step() == Step(3, (Entry(2, 3, 4, False),), (1,))
+    assert scheduler.next_step() == Step(4, (Entry(2, 7, 2, True), Entry(3, 0, 1, True)))
 
 
 def test_a_session_waits_until_one_closes():
-    scheduler = Scheduler(chunk=8, sessions=1)
+    scheduler = Scheduler(chunk=8, sessions=1, kv_tokens=4096)
     scheduler.open(1, 1)
     scheduler.open(2, 1)
     scheduler.open(3, 1)
-    assert scheduler.next_step() == Step(1, (Entry(1, 0, 1, True),), ())
+    assert scheduler.next_step() == Step(1, (Entry(1, 0, 1, True),))
     assert scheduler.next_step() is None
     assert scheduler.queued == 2
     scheduler.close(2)
@@ -51,39 +57,150 @@ def test_a_session_waits_until_one_closes():
 
 
 def test_a_full_queue_refuses():
-    scheduler = Scheduler(chunk=8, sessions=1)
+    scheduler = Scheduler(chunk=8, sessions=1, kv_tokens=4096)
     for session in range(1 + SESSIONS_QUEUED):
         scheduler.open(session, 1)
     with pytest.raises(Exhausted, match="--sessions"):
         scheduler.open(99, 1)
 
 
+def test_prompts_take_turns_by_client_and_so_do_admissions():
+    scheduler = Scheduler(chunk=4, sessions=3, kv_tokens=4096)
+    for session in range(1, 4):
+        scheduler.open(session, 8, "greedy")
+    scheduler.open(9, 8, "modest")
+    assert scheduler.next_step() == Step(1, (Entry(1, 0, 4, False),))
+    assert scheduler.active == {1, 2, 9}  # the modest one overtook the third of the greedy one
+    assert [scheduler.next_step().entries[0].session for _ in range(3)] == [9, 1, 9]
+
+
+def test_prompts_take_what_they_may_beside_running_streams():
+    scheduler = Scheduler(chunk=64, sessions=2, kv_tokens=4096)
+    scheduler.open(1, 2)
+    scheduler.next_step(8)
+    scheduler.drawn(1)
+    scheduler.open(2, 100)
+    assert scheduler.next_step(8) == Step(2, (Entry(1, 2, 1, True), Entry(2, 0, 8, False)), decoding=1)
+    scheduler.close(1)
+    assert scheduler.next_step(8) == Step(3, (Entry(2, 8, 64, False),), (1,))  # nobody waits for it
+
+
+def test_state_that_is_short_is_taken_from_the_session_admitted_last_and_its_tokens_run_anew():
+    scheduler = Scheduler(chunk=1024, sessions=4, kv_tokens=1024)
+    scheduler.open(1, 510)
+    scheduler.open(2, 300)
+    scheduler.open(3, 300)
+    assert scheduler.next_step() == Step(1, (Entry(1, 0, 510, True), Entry(2, 0, 300, True)))
+    assert scheduler.active == {1, 2}  # a third would not fit
+    scheduler.drawn(1)
+    scheduler.drawn(2)
+    assert scheduler.next_step() == Step(2, (Entry(1, 510, 1, True), Entry(2, 300, 1, True)), decoding=2)
+    scheduler.drawn(1)
+    scheduler.drawn(2)
+    assert scheduler.next_step() == Step(3, (Entry(1, 511, 1, True),), put_back=(2,), decoding=1)
+    assert scheduler.queued == 2
+    scheduler.close(1)
+    # First in line, with the prompt and both of its tokens; the one after it has waited all along.
+    assert scheduler.next_step() == Step(4, (Entry(2, 0, 302, True), Entry(3, 0, 300, True)), (1,))
+
+
+def test_a_session_that_was_put_back_is_closed_wherever_it_is():
+    scheduler = Scheduler(chunk=1024, sessions=4, kv_tokens=1024)
+    scheduler.open(1, 511)
+    scheduler.open(2, 300)
+    scheduler.next_step()
+    scheduler.drawn(1)
+    scheduler.drawn(2)
+    assert scheduler.next_step() == Step(2, (Entry(1, 511, 1, True),), put_back=(2,), decoding=1)
+    scheduler.close(2)
+    scheduler.close(2)
+    assert scheduler.next_step() == Step(3, (), (2,))
+
+
+class Ledger:
+    """What devices hold, counted without any cleverness."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+        self.held: dict[int, int] = {}
+
+    def run(self, step: Step) -> None:
+        for session in (*step.closed, *step.put_back):
+            self.held.pop(session, None)
+        for entry in step.entries:
+            assert entry.start == self.held.get(entry.session, 0)
+            self.held[entry.session] = entry.start + entry.count
+        capacities = []
+        for held in self.held.values():
+            capacity = 512
+            while capacity < held + held % 2:
+                capacity *= 2
+            capacities.append(capacity)
+        assert sum(capacities) <= self.tokens
+
+
 @given(st.data())
-def test_every_row_runs_once_in_order(data):
-    chunk, sessions = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 4))
-    scheduler = Scheduler(chunk=chunk, sessions=sessions)
-    wanted = {one: data.draw(st.tuples(st.integers(1, 20), st.integers(1, 6))) for one in range(6)}
-    left = {one: answer for one, (_, answer) in wanted.items()}
-    held = dict.fromkeys(wanted, 0)
+def test_every_token_is_drawn_once_in_order_within_the_memory(data):
+    chunk, sessions = data.draw(st.sampled_from([1, 3, 64, 700])), data.draw(st.integers(1, 4))
+    long = data.draw(st.booleans()) and chunk > 3
+    scheduler = Scheduler(chunk=chunk, sessions=sessions, kv_tokens=1024)
+    ledger = Ledger(1024)
+    prompts = st.integers(1, 900) if long else st.integers(1, 20)
+    wanted = {one: data.draw(st.tuples(prompts, st.integers(1, 100 if long else 6))) for one in range(6)}
+    drawn = dict.fromkeys(wanted, 0)
     for one, (prompt, _) in wanted.items():
-        scheduler.open(one, prompt)
-    for _ in range(1000):
-        step = scheduler.next_step()
+        scheduler.open(one, prompt, client=str(one % 2))
+    for _ in range(5000):
+        prompt_rows = data.draw(st.sampled_from([None, 1, 8])) if not long else None
+        step = scheduler.next_step(prompt_rows)
         if step is None:
             break
         assert step.rows <= chunk
-        assert step.entries or step.closed
+        assert step.entries or step.closed or step.put_back
         assert len({entry.session for entry in step.entries}) == len(step.entries) <= sessions
+        if step.decoding and prompt_rows is not None:
+            assert step.rows - step.decoding <= prompt_rows
+        ledger.run(step)
         for entry in step.entries:
-            assert entry.start == held[entry.session]
-            held[entry.session] += entry.count
-            known = wanted[entry.session][0] + wanted[entry.session][1] - left[entry.session]
-            assert entry.draws == (held[entry.session] == known)
+            known = wanted[entry.session][0] + drawn[entry.session]
+            assert entry.draws == (entry.start + entry.count == known)
             if entry.draws:
-                left[entry.session] -= 1
-                if left[entry.session]:
+                drawn[entry.session] += 1
+                if drawn[entry.session] < wanted[entry.session][1]:
                     scheduler.drawn(entry.session)
                 else:
                     scheduler.close(entry.session)
-    assert not any(left.values())
-    assert all(held[one] == prompt + answer - 1 for one, (prompt, answer) in wanted.items())
+    assert drawn == {one: answer for one, (_, answer) in wanted.items()}
+    assert not ledger.held
+
+
+def test_the_pace_bounds_what_a_running_stream_waits():
+    pace = Pace()
+    assert pace.prompt_rows(256) == LEAST_ROWS  # nothing is known yet
+    pace.measured(0, 256, 2.56)
+    for _ in range(30):
+        pace.measured(8, 0, 0.06)
+    assert pace.prompt_rows(256) == LEAST_ROWS
+    for _ in range(50):  # what a row really adds: 3 ms
+        rows = pace.prompt_rows(256)
+        pace.measured(8, rows, 0.06 + 0.003 * rows)
+    assert 0.06 + 0.003 * pace.prompt_rows(256) <= STALL_FACTOR * 0.06
+    assert pace.prompt_rows(256) >= 18
+    assert pace.prompt_rows(4) == 4
+
+
+@pytest.mark.parametrize("module", [scheduler_module, pace_module])
+def test_the_cores_read_no_clock_and_do_no_io(module):
+    """What they import, directly or not, is of ours pure too; neither names a clock, a file, a socket or a loop."""
+    tree = ast.parse(Path(module.__file__).read_text())
+    imported = {
+        name.split(".")[0] if not name.startswith("ganglion") else name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module])
+    }
+    pure = {"ganglion.agent.executor.kv", "ganglion.wire.errors", "ganglion.wire.limits"}
+    assert imported <= {"__future__", "dataclasses", "typing", "collections"} | pure
+    called = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert not called & {"open", "print", "input", "exec", "eval", "__import__", "breakpoint"}
+    assert not any(isinstance(node, ast.AsyncFunctionDef | ast.Await) for node in ast.walk(tree))

@@ -187,11 +187,11 @@ def tiny() -> tuple[Manifest, Plan]:
             )
         )
 
-    graphs = {f"attention/{n}": ref(f"ga{n}") for n in (0, 1, 2)} | {f"mlp/{n}": ref(f"gm{n}") for n in (0, 1, 2, 3, 4)}
-    graphs |= {f"head/{n}": ref(f"gh{n}") for n in (1, 2)}
+    graphs = {f"attention/{n}": (ref(f"ga{n}"),) for n in (0, 1, 2)} | {f"mlp/{n}": (ref(f"gm{n}"),) for n in range(5)}
+    graphs |= {f"head/{n}": (ref(f"gh{n}"),) for n in (1, 2)}
     numeric = NumericClass(format="fp32", block=0, exact=True)
     manifest = Manifest(
-        format_version=2,
+        format_version=3,
         name="tiny",
         family="llama",
         source_digest="1" * 64,
@@ -228,6 +228,7 @@ def tiny() -> tuple[Manifest, Plan]:
         numeric_class=numeric,
         context=64,
         sessions=1,
+        kv_tokens=4 * 8192,
         chunk=16,
         stages=(
             Stage(
@@ -280,6 +281,7 @@ def _with(plan: Plan, stage: Stage) -> Plan:
         numeric_class=plan.numeric_class,
         context=plan.context,
         sessions=plan.sessions,
+        kv_tokens=plan.kv_tokens,
         chunk=plan.chunk,
         stages=(stage,),
         threads=plan.threads,

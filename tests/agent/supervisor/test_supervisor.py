@@ -85,7 +85,7 @@ def model(store: PieceStore) -> Manifest:
         return (Slot(name="w", join="rows", rows=1, pieces=(store.put(tag.encode() * 1000),)),)
 
     return Manifest(
-        format_version=2,
+        format_version=3,
         name="tiny",
         family="llama",
         source_digest="1" * 64,
@@ -117,7 +117,7 @@ def model(store: PieceStore) -> Manifest:
         embedding=Embedding(dtype="float32", pieces=(store.put(b"e" * 512),)),
         ropes={"default": (RopeTable(context=16, cos=store.put(b"c" * 64), sin=store.put(b"s" * 64)),)},
         handover="sum",
-        graphs={f"{kind}/1": store.put(kind.encode()) for kind in ("attention", "mlp", "head")},
+        graphs={f"{kind}/1": (store.put(kind.encode()),) for kind in ("attention", "mlp", "head")},
         tokenizer={"tokenizer.json": store.put(b"{}")},
         bos_id=None,
         eos_ids=(),
@@ -133,6 +133,7 @@ def plan_on(node_id: str, manifest: Manifest, threads: int = 1) -> Plan:
         numeric_class=manifest.numeric_class,
         context=64,
         sessions=1,
+        kv_tokens=4 * 8192,
         chunk=16,
         stages=(Stage(layers=one, shares=(share,), topology="mesh"),),
         threads={node_id: threads},
@@ -457,6 +458,7 @@ def test_labels_of_leads_are_checked(make_node):
         numeric_class=NumericClass(format="fp32", block=0, exact=True),
         context=64,
         sessions=1,
+        kv_tokens=4 * 8192,
         chunk=16,
         stages=(
             Stage(

@@ -190,6 +190,7 @@ async def cluster(tmp_path: Path, world: Any) -> AsyncIterator[Callable[..., Any
                 numeric_class=model.manifest.numeric_class,
                 context=context,
                 sessions=sessions,
+                kv_tokens=4 * 8192,
                 chunk=chunk,
                 stages=stages_of(model.manifest, [one.node_id for one in identities], layout, topology),
                 threads={one.node_id: 1 for one in identities},

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
+
+from ganglion.agent.lead.scheduler import Scheduler
 
 PROMPT = [72, 101, 108, 108, 111, 44, 32, 119, 111, 114, 108, 100, 33, 10, 84, 104, 101, 32, 99, 97, 116]
 LAYOUTS = [
@@ -75,3 +78,27 @@ async def test_sessions_at_the_same_time_give_what_they_give_alone(cluster, mode
     prompts = [PROMPT, PROMPT[:3], PROMPT[5:], PROMPT[7:19], PROMPT[:1]]
     expected = [await alone.tokens(prompt, 10) for prompt in prompts]
     assert await asyncio.gather(*(together.tokens(prompt, 10) for prompt in prompts)) == expected
+
+
+async def test_sessions_that_are_put_back_go_on_as_if_nothing_had_been(cluster, model, monkeypatch):
+    """Two grow beyond what the memory holds: one gives its state up, waits, and is run anew with its penalties."""
+    cut = model("llama", "int4")
+    put_back: list[int] = []
+    next_step = Scheduler.next_step
+
+    def watched(self, prompt_rows=None):
+        step = next_step(self, prompt_rows)
+        put_back.extend(step.put_back if step else ())
+        return step
+
+    monkeypatch.setattr(Scheduler, "next_step", watched)
+    prompts = [(PROMPT * 30)[shift : shift + 505] for shift in range(2)]
+    options = {"temperature": 0.8, "seed": 3, "presence_penalty": 0.5, "frequency_penalty": 0.2}
+    roomy = await cluster(cut, [[1, 2]], context=640, chunk=256)
+    expected = [await roomy.tokens(prompt, 16, **options) for prompt in prompts]
+    assert not put_back
+    tight = await cluster(
+        cut, [[1, 2]], context=640, chunk=256, change=lambda plan: msgspec.structs.replace(plan, kv_tokens=1024)
+    )
+    assert await asyncio.gather(*(tight.tokens(prompt, 16, **options) for prompt in prompts)) == expected
+    assert put_back

@@ -67,6 +67,7 @@ async def test_load_connect_answer_and_the_end_of_input(world, model, tmp_path):
         numeric_class=NumericClass(format="fp32", block=0, exact=True),
         context=64,
         sessions=1,
+        kv_tokens=4 * 8192,
         chunk=16,
         stages=(Stage(layers=Range(0, geometry.layers), shares=(share,), topology="mesh"),),
         threads={identity.node_id: 1},

@@ -90,7 +90,7 @@ def expected_partial(layout: Layout, res: np.ndarray, delta: np.ndarray) -> np.n
 def test_a_segment_is_what_numpy_says(name: str, exact: bool, tmp_path: Path) -> None:
     layout = laid_out(tmp_path, name, exact=exact)
     plan = layout.layers[0][1]
-    session = start(plan, layout, layout.recipe, cut_segment(plan, layout, layout.recipe), open_session)
+    (session,) = start(plan, layout, layout.recipe, cut_segment(plan, layout, layout.recipe), open_session)
     res = RNG.standard_normal((7, 48)).astype(np.float32)
     res[3] *= 1e-12  # a row that is nothing
     res[4, 5] = 60  # one with an outlier

@@ -34,7 +34,7 @@ def partial_of(cut, folder, rows: np.ndarray, weights=(1,)) -> np.ndarray:
     delta = np.zeros(rows.shape, np.float64 if cut.manifest.numeric_class.exact else np.float32)
     layer, place = layer_of(cut.manifest)
     feeds = {"res": rows, "delta": delta}
-    return sum(runner.sessions[rank, layer, place].run(["partial"], feeds)[0] for rank in range(len(weights)))
+    return sum(runner.sessions[rank, layer, place][0].run(["partial"], feeds)[0] for rank in range(len(weights)))
 
 
 def experts_of(reference: torch.nn.Module, rows: np.ndarray) -> tuple[np.ndarray, set[int]]:

@@ -5,22 +5,22 @@
         partial = executor.run(batch, index)   # this device's partial sum: make it the sum over devices, in place
     executor.hand_on(batch) or executor.logits(batch, rows)
 
-Numbers do not depend on what else is in a step: attention runs per session. Graphs of exact classes give attention an
-even number of rows; for an odd number they write one position beyond the session's rows, which its next row overwrites,
-so the buffers have room for it.
+Numbers do not depend on what else is in a step: attention runs for each session, everything else once for all rows.
+Graphs of exact classes give attention an even number of rows; for an odd number they write one position beyond the
+session's rows, which its next row overwrites, so the buffers have room for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ganglion.agent.executor.buffers import Delta, Rows, as_value
-from ganglion.agent.executor.kv import KeyValueLedger, SessionState, capacity_for
+from ganglion.agent.executor.kv import KeyValueLedger, SessionState
 from ganglion.agent.executor.loader import LoadedSegment, Shard
 from ganglion.wire.errors import Corrupt, Exhausted, InvalidDocument, ProtocolViolation
 from ganglion.wire.nouns import EXACT_POSITIONS, Manifest, Plan, RopeTable
@@ -59,20 +59,16 @@ class Executor:
         self._group_rows = geometry.vocab_group_rows
         self._attention = [index for index, one in enumerate(shard.segments) if one.attends]
         groups = [shard.segments[index].groups for index in self._attention]
-        budget = KeyValueLedger.bytes_per_token(groups, geometry.head_dim) * capacity_for(plan.context) * plan.sessions
+        budget = KeyValueLedger.bytes_per_token(groups, geometry.head_dim) * plan.kv_tokens
         self._ledger = KeyValueLedger(groups, geometry.head_dim, budget)
         capacity = max(plan.chunk, plan.sessions)
-        sums = max((one.segment.width for one in shard.segments), default=0)
-        carry = max((one.segment.carry * one.groups for one in shard.segments), default=0)
-        # Steps of one session, and entries; then rows of several sessions.
-        self._alone, self._together = (
-            Rows(capacity, geometry.hidden, exact=self._exact, sums=sums, carry=carry) for _ in range(2)
-        )
+        self._buffers = Rows(capacity, geometry.hidden, shard.segments, exact=self._exact)
         self._head_rows = Rows(plan.sessions, geometry.hidden, exact=self._exact)
         self._parts = manifest.handover == "parts"
         self._ropes = {name: rope_tables(tables, plan.context, open_piece) for name, tables in manifest.ropes.items()}
         self._rope_values = {name: tuple(as_value(one) for one in pair) for name, pair in self._ropes.items()}
-        self._bound: dict[int, dict[int, Any]] = {}  # session -> segment -> binding for one row
+        # session -> segment -> its row in the step, and attention's binding for that one row
+        self._bound: dict[int, dict[int, tuple[int, Any]]] = {}
 
     @property
     def segments(self) -> int:
@@ -111,9 +107,8 @@ class Executor:
         for session, start, count in entries:
             placed.append(SessionRows(session, self._place(session, start, count), start, count, first))
             first += count
-        buffers = self._alone if len(placed) == 1 else self._together
-        buffers.delta[0][:rows] = 0.0
-        return Batch(tuple(placed), rows, buffers)
+        self._buffers.delta[0][:rows] = 0.0
+        return Batch(tuple(placed), rows, self._buffers)
 
     def _place(self, session: int, start: int, count: int) -> SessionState:
         state = self._ledger.get(session)
@@ -162,53 +157,39 @@ class Executor:
         one, before = self._shard.segments[index], self._shard.segments[index - 1] if index else None
         buffers, parity, rows = batch.buffers, batch.parity, batch.rows
         partial = buffers.partial(one, parity, rows)
-        if one.session is None:  # only where it takes no residual: nothing to keep, nothing to add
+        if not one.sessions:  # only where it takes no residual: nothing to keep, nothing to add
             partial[...] = 0.0
-        elif not one.attends:
-            one.session.run_with_iobinding(buffers.stateless(index, one, before, parity, rows))
-        elif buffers is self._alone:
-            self._attend(index, one, batch.entries[0], parity)
         else:
-            self._attend_each(index, one, batch)
+            buffers.run_first(index, one, before, parity, rows)
+        if one.attends:
+            for entry in batch.entries:
+                self._attend(index, one, entry)
+            buffers.run_last(index, one, parity, rows)
         if one.segment.takes != "carry":
             batch.parity = 1 - parity
         return partial
 
-    def _attend_each(self, index: int, one: LoadedSegment, batch: Batch) -> None:
-        alone, together, parity = self._alone, batch.buffers, batch.parity
-        before = self._shard.segments[index - 1]
-        for entry in batch.entries:
-            span, rows = slice(entry.first, entry.first + entry.count), slice(entry.count)
-            if one.segment.takes == "carry":
-                alone.carried(before, entry.count)[...] = together.carried(before, batch.rows)[span]
-                alone.partial(before, parity, entry.count)[...] = together.partial(before, parity, batch.rows)[span]
-            else:
-                alone.res[parity][rows] = together.res[parity][span]
-                alone.delta[parity][rows] = together.delta[parity][span]
-            self._attend(index, one, entry, parity)
-            if one.segment.takes != "carry":
-                together.res[1 - parity][span] = alone.res[1 - parity][rows]
-            together.partial(one, parity, batch.rows)[span] = alone.partial(one, parity, entry.count)
-
-    def _attend(self, index: int, one: LoadedSegment, entry: SessionRows, parity: int) -> None:
-        state, session = entry.state, cast("Any", one.session)
+    def _attend(self, index: int, one: LoadedSegment, entry: SessionRows) -> None:
+        state, session = entry.state, one.sessions[1]
         state.total[0] = entry.start + entry.count
         state.seqlens[0] = entry.start + entry.count - 1
         if entry.count > 1:
-            session.run_with_iobinding(self._bind_attention(index, one, state, parity, entry.count))
+            session.run_with_iobinding(self._bind_attention(index, one, entry))
             return
         bound = self._bound.setdefault(entry.session, {})
-        binding = bound.get(index)
-        if binding is None:
-            binding = bound[index] = self._bind_attention(index, one, state, parity, 1)
+        first, binding = bound.get(index, (-1, None))
+        if first != entry.first:
+            binding = self._bind_attention(index, one, entry)
+            bound[index] = entry.first, binding
         session.run_with_iobinding(binding)
 
-    def _bind_attention(self, index: int, one: LoadedSegment, state: SessionState, parity: int, rows: int) -> Any:
-        before = self._shard.segments[index - 1] if index else None
-        binding = self._alone.bind(one, before, parity, rows)
-        place = self._attention.index(index)
+    def _bind_attention(self, index: int, one: LoadedSegment, entry: SessionRows) -> Any:
+        state, place = entry.state, self._attention.index(index)
+        binding = one.sessions[1].io_binding()
+        stop = entry.first + entry.count
         keys, values = as_value(state.keys[place]), as_value(state.values[place])
         inputs = [
+            ("projected", as_value(self._buffers.projected(one, stop)[entry.first :])),
             ("past_key", keys),
             ("past_value", values),
             ("seqlens_k", as_value(state.seqlens)),
@@ -218,6 +199,7 @@ class Executor:
             inputs += zip(("cos", "sin"), self._rope_values[one.segment.rope], strict=True)
         for name, value in inputs:
             binding.bind_ortvalue_input(name, value)
+        binding.bind_ortvalue_output("attended", as_value(self._buffers.attended(one, stop)[entry.first :]))
         binding.bind_ortvalue_output("present_key", keys)  # the same buffer as the past: written in place
         binding.bind_ortvalue_output("present_value", values)
         return binding
@@ -225,13 +207,13 @@ class Executor:
     def logits(self, batch: Batch, rows: Sequence[int]) -> NDArray[np.float32]:
         """The head on the given rows of the step: [len(rows), vocabulary rows of this share] float32."""
         head, buffers = self._shard.head, self._head_rows
-        if head is None or head.session is None or len(rows) > buffers.capacity:
+        if head is None or len(rows) > buffers.capacity:
             raise ProtocolViolation(f"logits of {len(rows)} rows were asked of a device that cannot give them")
         for place, row in enumerate(rows):
             buffers.res[0][place] = batch.buffers.res[batch.parity][row]
             buffers.delta[0][place] = batch.buffers.delta[batch.parity][row]
         inputs = {"res": buffers.res[0][: len(rows)], "delta": buffers.delta[0][: len(rows)]}
-        logits: NDArray[np.float32] = head.session.run(["logits"], inputs)[0]
+        logits: NDArray[np.float32] = head.sessions[0].run(["logits"], inputs)[0]
         return logits
 
 

@@ -28,17 +28,21 @@ _LOCATION_EXTERNAL = 1
 _TAG_LIMIT = 1 << 32
 
 
-def check_graph(data: bytes | memoryview, weights_bytes: int) -> None:
-    """Raise Corrupt unless every external tensor of the model lies within a `weights.bin` of `weights_bytes` bytes."""
-    graphs = 0
+def check_graph(data: bytes | memoryview, weights_bytes: int) -> bool:
+    """Raise Corrupt unless every external tensor of the model lies within a `weights.bin` of `weights_bytes` bytes.
+
+    Returns whether there are any.
+    """
+    graphs, external = 0, False
     for number, value in _fields(memoryview(data)):
         if number in (_MODEL_TRAINING, _MODEL_FUNCTIONS):
             raise Corrupt("graph file: holds functions or training information; plain graphs only")
         if number == _MODEL_GRAPH:
             graphs += 1
-            _check_graph(_message(value), weights_bytes)
+            external = _check_graph(_message(value), weights_bytes)
     if graphs != 1:
         raise Corrupt(f"graph file: holds {graphs} graphs, expected 1")
+    return external
 
 
 def check_file(path: Path, size_bytes: int) -> None:
@@ -60,27 +64,31 @@ def check_file(path: Path, size_bytes: int) -> None:
         raise Corrupt(f"{path}: {found.st_size} bytes, expected {size_bytes}")
 
 
-def _check_graph(graph: memoryview, weights_bytes: int) -> None:
+def _check_graph(graph: memoryview, weights_bytes: int) -> bool:
+    found = False
     for number, value in _fields(graph):
         if number == _GRAPH_SPARSE:
             raise Corrupt("graph file: holds a sparse initializer")
         if number == _GRAPH_INITIALIZER:
-            _check_tensor(_message(value), weights_bytes)
+            found |= _check_tensor(_message(value), weights_bytes)
         elif number == _GRAPH_NODE:
             for field, attribute in _fields(_message(value)):
                 if field == _NODE_ATTRIBUTE:
-                    _check_attribute(_message(attribute), weights_bytes)
+                    found |= _check_attribute(_message(attribute), weights_bytes)
+    return found
 
 
-def _check_attribute(attribute: memoryview, weights_bytes: int) -> None:
+def _check_attribute(attribute: memoryview, weights_bytes: int) -> bool:
+    found = False
     for number, value in _fields(attribute):
         if number in _ATTRIBUTE_REFUSED:
             raise Corrupt(f"graph file: a node's attribute holds {_ATTRIBUTE_REFUSED[number]}")
         if number in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
-            _check_tensor(_message(value), weights_bytes)
+            found |= _check_tensor(_message(value), weights_bytes)
+    return found
 
 
-def _check_tensor(tensor: memoryview, weights_bytes: int) -> None:
+def _check_tensor(tensor: memoryview, weights_bytes: int) -> bool:
     entries: dict[str, str] = {}
     external = False
     for number, value in _fields(tensor):
@@ -95,7 +103,7 @@ def _check_tensor(tensor: memoryview, weights_bytes: int) -> None:
     if not external:
         if entries:
             raise Corrupt("graph file: external data of a tensor that is not marked external")
-        return
+        return False
     if set(entries) != {"location", "offset", "length"}:
         raise Corrupt(f"graph file: external data gives {sorted(entries)}; expected location, offset and length")
     if entries["location"] != WEIGHTS_FILE:
@@ -105,6 +113,7 @@ def _check_tensor(tensor: memoryview, weights_bytes: int) -> None:
         raise Corrupt(
             f"graph file: external data at {offset} of {length} bytes; {WEIGHTS_FILE} has {weights_bytes} bytes"
         )
+    return True
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:

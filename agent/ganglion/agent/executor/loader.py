@@ -6,21 +6,20 @@ import ctypes
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import onnxruntime as ort
 
 from ganglion.agent.executor.graph_file import check_file, check_graph
-from ganglion.agent.executor.prepacked import PART_GRAPH, Prepacked, Sources
+from ganglion.agent.executor.prepacked import Prepacked, Sources
 from ganglion.wire.errors import Corrupt, GanglionError, Internal, InvalidDocument
-from ganglion.wire.nouns import WEIGHTS_FILE, Manifest, NumericClass, Range, Segment, Share, Stage
+from ganglion.wire.nouns import WEIGHTS_FILE, Manifest, NumericClass, PieceRef, Range, Segment, Share, Stage
 from ganglion.wire.shares import OpenPiece, weights_size, write_weights
 
-GRAPH_FILE: Final = PART_GRAPH
 _pool_lock = threading.Lock()
 _pool_threads: int | None = None
 
@@ -67,11 +66,17 @@ def _session(graph: Path, save: Path | None) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class LoadedSegment:
-    """A segment of this device and how many groups of it; `session` is None where there is nothing to run."""
+    """A segment of this device, how many groups of it, and its graphs' sessions in the order in which they run.
+
+    There are three where it attends on this device, and none where there is nothing to run. projected, attended:
+    numbers a row that the first leaves for the second, and the second for the third.
+    """
 
     segment: Segment
     groups: int
-    session: Any | None
+    sessions: tuple[Any, ...]
+    projected: int = 0
+    attended: int = 0
 
     @property
     def attends(self) -> bool:
@@ -136,24 +141,20 @@ def load_shard(
     parts = list(_parts(manifest, stage, share))
     total, done = sum(part.size for part in parts), 0
     loaded = []
-
-    def load(part: _Part) -> Any | None:
-        if not _runs(part.name, part.segment, part.share):
-            return None
-        return _load(manifest, part, open_piece, folder / part.name, prepacked)
-
+    loader = _Loader(manifest, open_piece, folder, prepacked)
     with ThreadPoolExecutor(_pool_threads or 1, thread_name_prefix="load") as pool:
         try:
-            for part, session in zip(parts, pool.map(load, parts), strict=True):
+            for part, sessions in zip(parts, pool.map(loader.load, parts), strict=True):
                 done += part.size
                 progress(done, total)
-                loaded.append(LoadedSegment(part.segment, part.share.count, session))
+                widths = _widths(part, sessions) if len(sessions) > 1 else (0, 0)
+                loaded.append(LoadedSegment(part.segment, part.share.count, sessions, *widths))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     _return_memory()
     head = loaded.pop()
-    return Shard(tuple(loaded), head if head.session is not None else None, total)
+    return Shard(tuple(loaded), head if head.sessions else None, total)
 
 
 def _return_memory() -> None:
@@ -162,60 +163,117 @@ def _return_memory() -> None:
         library.malloc_trim(0)
 
 
-def _load(manifest: Manifest, part: _Part, open_piece: OpenPiece, folder: Path, prepacked: Prepacked | None) -> Any:
-    name = f"{part.segment.kind}/{part.share.count}"
-    piece = manifest.graphs.get(name)
-    if piece is None:
-        raise InvalidDocument(f"manifest {manifest.name}: no graph {name!r}, which the plan needs")
+class _Loader:
+    """Opens the graphs of parts, in several threads; those without weights once for all parts that have them."""
 
-    def write() -> Path:
-        graph = open_piece(piece.digest)
-        check_graph(graph, part.size)
+    def __init__(self, manifest: Manifest, open_piece: OpenPiece, folder: Path, prepacked: Prepacked | None) -> None:
+        self._manifest = manifest
+        self._open_piece = open_piece
+        self._folder = folder
+        self._prepacked = prepacked
+        self._sharing = threading.Lock()
+        self._shared: dict[tuple[str, int], Any] = {}
+
+    def load(self, part: _Part) -> tuple[Any, ...]:
+        """The sessions of a part's graphs."""
+        if not _runs(part.name, part.segment, part.share):
+            return ()
+        name = f"{part.segment.kind}/{part.share.count}"
+        pieces, ends = self._manifest.graphs.get(name), _ends(part)
+        if pieces is None or len(pieces) != len(ends):
+            found = len(pieces or ())
+            raise InvalidDocument(
+                f"manifest {self._manifest.name}: {found} graphs {name!r}, the plan needs {len(ends)}"
+            )
+        folder = self._folder / part.name
         folder.mkdir(mode=0o700, parents=True)
-        (folder / GRAPH_FILE).write_bytes(graph)
-        with (folder / WEIGHTS_FILE).open("wb") as file:
-            write_weights(part.segment, part.share, open_piece, file)
-        check_file(folder / GRAPH_FILE, len(graph))
-        check_file(folder / WEIGHTS_FILE, part.size)
-        return folder / GRAPH_FILE
+        sessions = []
+        try:
+            for number, (piece, end) in enumerate(zip(pieces, ends, strict=True)):
+                session = self._open(name, number, piece, part)
+                _check_ends(name, session, end, self._manifest.numeric_class)
+                sessions.append(session)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return tuple(sessions)
 
-    try:
-        if prepacked is None:
-            session = _session(write(), None)
-        else:
-            session = prepacked.open(Sources(piece, part.segment, part.share, part.size), write, _session)
-    except (GanglionError, OSError):
-        raise
-    except Exception as error:
-        raise Corrupt(f"graph {name} of {manifest.name} does not load: {error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    _check_ends(name, session, part, manifest.numeric_class)
-    return session
+    def _open(self, name: str, number: int, piece: PieceRef, part: _Part) -> Any:
+        graph = self._open_piece(piece.digest)
+        weighs = check_graph(graph, part.size)
+
+        def write() -> Path:
+            path = self._folder / part.name / f"{number}.onnx"
+            path.write_bytes(graph)
+            check_file(path, len(graph))
+            if weighs:
+                self._write_weights(part)
+            return path
+
+        try:
+            if not weighs:
+                with self._sharing:
+                    session = self._shared.get((piece.digest, number))
+                    if session is None:
+                        session = self._shared[piece.digest, number] = _session(write(), None)
+                    return session
+            if self._prepacked is None:
+                return _session(write(), None)
+            return self._prepacked.open(Sources(piece, part.segment, part.share, part.size), write, _session)
+        except (GanglionError, OSError):
+            raise
+        except Exception as error:
+            raise Corrupt(f"graph {name} of {self._manifest.name} does not load: {error}") from error
+
+    def _write_weights(self, part: _Part) -> None:
+        """Write the weights of a part's graphs, once for all of them."""
+        path = self._folder / part.name / WEIGHTS_FILE
+        if not path.exists():
+            with path.open("xb") as file:
+                write_weights(part.segment, part.share, self._open_piece, file)
+            check_file(path, part.size)
 
 
-def _ends(part: _Part) -> tuple[set[str], set[str]]:
-    """The inputs and outputs of a segment's graph, as `Manifest` has them."""
+_Ends = tuple[set[str], set[str]]
+
+
+def _ends(part: _Part) -> tuple[_Ends, ...]:
+    """The inputs and outputs of a segment's graphs, as `Manifest` has them."""
     segment = part.segment
     if part.name == "head":
-        return {"res", "delta"}, {"logits"}
-    inputs, outputs = {"res", "delta"}, {"res_out", "partial"}
+        return (({"res", "delta"}, {"logits"}),)
+    inputs, outputs = {"res", "delta"}, {"res_out"}
     if segment.takes == "carry":
-        inputs, outputs = {"carry", "delta"}, {"partial"}
+        inputs, outputs = {"carry", "delta"}, set()
     if part.share.count and segment.carry:
         outputs.add("carry")
-    if part.share.count and segment.attends:
-        inputs |= {"past_key", "past_value", "seqlens_k", "total"} | ({"cos", "sin"} if segment.rope else set())
-        outputs |= {"present_key", "present_value"}
-    return inputs, outputs
+    if not (part.share.count and segment.attends):
+        return ((inputs, outputs | {"partial"}),)
+    state = {"past_key", "past_value", "seqlens_k", "total"} | ({"cos", "sin"} if segment.rope else set())
+    return (
+        (inputs, outputs | {"projected"}),
+        ({"projected", *state}, {"attended", "present_key", "present_value"}),
+        ({"attended"}, {"partial"}),
+    )
 
 
-def _check_ends(name: str, session: Any, part: _Part, numeric_class: NumericClass) -> None:
+def _check_ends(name: str, session: Any, ends: _Ends, numeric_class: NumericClass) -> None:
     types = {one.name: one.type for one in (*session.get_inputs(), *session.get_outputs())}
     found = ({one.name for one in session.get_inputs()}, {one.name for one in session.get_outputs()})
-    if found != _ends(part):
+    if found != ends:
         raise Corrupt(f"graph {name}: inputs {sorted(found[0])}, outputs {sorted(found[1])} are not the contract's")
     wide = "tensor(double)" if numeric_class.exact else "tensor(float)"
     for end in ("delta", "partial"):
         if types.get(end, wide) != wide:
             raise Corrupt(f"graph {name}: {end} is {types[end]}, {numeric_class.name} takes {wide}")
+
+
+def _widths(part: _Part, sessions: Sequence[Any]) -> tuple[int, int]:
+    """Numbers a row between the graphs of a segment that attends; raises Corrupt where two do not meet."""
+    found = []
+    for before, after, end in zip(sessions, sessions[1:], ("projected", "attended"), strict=False):
+        left = next(one.shape[-1] for one in before.get_outputs() if one.name == end)
+        taken = next(one.shape[-1] for one in after.get_inputs() if one.name == end)
+        if left != taken or not isinstance(left, int):
+            raise Corrupt(f"graph {part.segment.kind}/{part.share.count}: {end} is left {left} wide and taken {taken}")
+        found.append(left)
+    return found[0], found[1]

@@ -16,6 +16,7 @@ from ganglion.agent.lead.adjusting import NO_ADJUSTMENTS, Adjustments, VocabShar
 from ganglion.agent.lead.candidates import Answer, from_message
 from ganglion.agent.lead.draw import Draw, write_draw
 from ganglion.agent.lead.grammar import Grammars
+from ganglion.agent.lead.pace import Pace
 from ganglion.agent.lead.sampler import Drawn, draw_token
 from ganglion.agent.lead.scheduler import Entry, Scheduler, Step
 from ganglion.agent.lead.session import Session, parse_open
@@ -98,7 +99,8 @@ class Lead:
         self._beat = beat
         self._grammars = grammars
         self._longest = LongestRun(runner.executor.weights_bytes)
-        self._scheduler = Scheduler(chunk=plan.chunk, sessions=plan.sessions)
+        self._scheduler = Scheduler(chunk=plan.chunk, sessions=plan.sessions, kv_tokens=plan.kv_tokens)
+        self._pace = Pace()
         self._sessions: dict[int, Session] = {}
         self._admitted: set[int] = set()
         self._numbers = 0
@@ -155,7 +157,7 @@ class Lead:
     async def run(self) -> None:
         """Run steps until a lane ends; raises what lanes raise."""
         while True:
-            step = self._scheduler.next_step()
+            step = self._scheduler.next_step(self._pace.prompt_rows(self._plan.chunk))
             if step is None:
                 self._work.clear()
                 await self._work.wait()
@@ -173,7 +175,7 @@ class Lead:
         drawing = [_Drawing(running[entry.session], entry, self._vocab) for entry in step.entries if entry.draws]
         self._sample_s += time.perf_counter() - before
         await self._announce(step, drawing)
-        for number in step.closed:
+        for number in (*step.closed, *step.put_back):
             executor.close(number)
         if not step.entries:
             self._beat.end(executor.sessions, executor.kv_bytes)
@@ -187,7 +189,9 @@ class Lead:
         self._account(running, marks)
         for one, token in zip(drawing, drawn, strict=True):
             self._take(one.session, token)
-        self._longest.finished(step.rows, time.perf_counter() - marks.wall)
+        took_s = time.perf_counter() - marks.wall
+        self._longest.finished(step.rows, took_s)
+        self._pace.measured(step.decoding, step.rows - step.decoding, took_s)
         self._beat.end(executor.sessions, executor.kv_bytes)
 
     async def _announce(self, step: Step, drawing: Sequence[_Drawing]) -> None:
@@ -317,7 +321,7 @@ class Lead:
 def _announcement(step: Step, drawing: Sequence[_Drawing], rank: int | None, vocab: Mapping[int, VocabShare]) -> bytes:
     """The step as it is told to the device of `rank`; None: to every device, when no draw adjusts anything."""
     asked = {one.entry.session: one for one in drawing}
-    message = lane_pb2.Step(step=step.number, closed=step.closed)
+    message = lane_pb2.Step(step=step.number, closed=step.closed, put_back=step.put_back)
     for entry in step.entries:
         announced = message.entries.add(session=entry.session, start=entry.start, count=entry.count)
         draws = asked.get(entry.session)

@@ -1,16 +1,17 @@
 """What runs next: a pure core that takes open, drawn and close, and returns steps.
 
-A session waits in the queue, is admitted (at most `sessions` at a time; each may hold `context` tokens of key-value
-state, which is what the plan reserved), has its prompt run in chunks, and then runs one row for every token drawn.
-Decoding rows come first, so a long prompt delays nobody by more than a chunk; what is left of the chunk goes to prompts
-in order of arrival.
+A session waits in the queue, is admitted, has its prompt run in chunks, and then runs one row for every token drawn.
+Key-value state is lent as sessions grow: where a running one needs more than is left, the session that was admitted
+last gives its state up and waits again, first in line; its tokens are run anew when there is room. Decoding rows come
+first in a step; what is left goes to prompts, those first whose client was served longest ago. So a long prompt delays
+nobody by more than the rows that a step takes beside decoding ones, and no client keeps others waiting.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from ganglion.agent.executor.kv import capacity_for
 from ganglion.wire.errors import Exhausted, Internal
 from ganglion.wire.limits import SESSIONS_QUEUED
 
@@ -27,11 +28,16 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One pass through the model. `closed`: sessions whose key-value state is dropped before it."""
+    """One pass through the model. Before it state is dropped, of sessions that are over and of those put back.
+
+    decoding: how many of the entries run a token that was drawn; they come first.
+    """
 
     number: int
     entries: tuple[Entry, ...]
-    closed: tuple[int, ...]
+    closed: tuple[int, ...] = ()
+    put_back: tuple[int, ...] = ()
+    decoding: int = 0
 
     @property
     def rows(self) -> int:
@@ -43,20 +49,55 @@ class Step:
 class _Run:
     """Invariant: held <= known; the next token is drawn when held reaches known."""
 
+    session: int
+    client: str
     known: int
     held: int = 0
+    admitted: int = 0  # its number among all admissions, the latest highest
+
+    @property
+    def decodes(self) -> bool:
+        return self.known - self.held == 1 < self.known
+
+    @property
+    def lent(self) -> int:
+        """Tokens of key-value state, the row that an exact class writes beyond the others among them."""
+        return capacity_for(self.held + 1) if self.held else 0
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A step in the making."""
+
+    room: int
+    entries: list[Entry] = field(default_factory=list)
+    runs: list[_Run] = field(default_factory=list)
+
+    def add(self, run: _Run, count: int) -> None:
+        self.entries.append(Entry(run.session, run.held, count, run.held + count == run.known))
+        self.runs.append(run)
+        run.held += count
+        self.room -= count
 
 
 class Scheduler:
-    """Steps for the sessions of one deployment; `chunk` rows of a step at most, `sessions` admitted at a time."""
+    """Steps for the sessions of one deployment.
 
-    def __init__(self, *, chunk: int, sessions: int) -> None:
+    chunk: rows of a step at most. sessions: admitted at a time. kv_tokens: tokens of key-value state of all sessions
+    together, in capacities of `capacity_for`; at least that of one session of a full context.
+    """
+
+    def __init__(self, *, chunk: int, sessions: int, kv_tokens: int) -> None:
         self._chunk = chunk
         self._sessions = sessions
-        self._queue: deque[tuple[int, int]] = deque()
+        self._kv_tokens = kv_tokens
+        self._queue: list[_Run] = []
         self._active: dict[int, _Run] = {}
+        self._served: dict[str, int] = {}  # client -> the last step with rows of a prompt of it
         self._closed: list[int] = []
+        self._put_back: list[int] = []
         self._steps = 0
+        self._admissions = 0
 
     @property
     def active(self) -> frozenset[int]:
@@ -68,14 +109,14 @@ class Scheduler:
         """Sessions that wait."""
         return len(self._queue)
 
-    def open(self, session: int, prompt_tokens: int) -> None:
+    def open(self, session: int, prompt_tokens: int, client: str = "") -> None:
         """Queue a session with at least one prompt token; raises Exhausted when the queue is full."""
         if len(self._active) + len(self._queue) >= self._sessions + SESSIONS_QUEUED:
             raise Exhausted(
                 f"{len(self._active)} sessions run and {len(self._queue)} wait, at most {SESSIONS_QUEUED} may;"
                 " try later, or deploy with more --sessions"
             )
-        self._queue.append((session, prompt_tokens))
+        self._queue.append(_Run(session, client, prompt_tokens))
 
     def drawn(self, session: int) -> None:
         """A token was drawn for a session that goes on: it is the next row to run."""
@@ -88,30 +129,70 @@ class Scheduler:
         """A session has ended or was cancelled; closing what is closed already does nothing."""
         if self._active.pop(session, None) is not None:
             self._closed.append(session)
-        else:
-            self._queue = deque(waiting for waiting in self._queue if waiting[0] != session)
+            return
+        for run in [run for run in self._queue if run.session == session]:
+            self._queue.remove(run)
+            if run.admitted:  # it ran before it was put back
+                self._closed.append(session)
 
-    def next_step(self) -> Step | None:
-        """The next step, counted as done; without entries when there are only sessions to close; None when idle."""
-        while self._queue and len(self._active) < self._sessions:
-            session, prompt_tokens = self._queue.popleft()
-            self._active[session] = _Run(prompt_tokens)
-        room = self._chunk
-        entries = []
-        # Decoding sessions first; sorted() is stable, so both kinds stay in order of admission.
-        waiting = [(session, run) for session, run in self._active.items() if run.held < run.known]
-        for session, run in sorted(waiting, key=lambda pair: pair[1].known - pair[1].held > 1):
-            count = min(run.known - run.held, room)
-            if count == 0:
-                break
-            entries.append(Entry(session, run.held, count, run.held + count == run.known))
-            run.held += count
-            room -= count
-        if not entries and not self._closed:
+    def next_step(self, prompt_rows: int | None = None) -> Step | None:
+        """The next step, counted as done; without entries when there are only sessions to close; None when idle.
+
+        prompt_rows: of prompts at most, in a step that decodes too; None: as many as a step takes.
+        """
+        self._admit()
+        draft = _Draft(self._chunk)
+        for run in [run for run in self._active.values() if run.decodes]:
+            if draft.room and run.session in self._active and self._lend(run, 1, draft):
+                draft.add(run, 1)
+        decoding = len(draft.entries)
+        if decoding and prompt_rows is not None:
+            draft.room = min(draft.room, prompt_rows)
+        prompts = [run for run in self._active.values() if run.held < run.known and not run.decodes]
+        for run in sorted(prompts, key=lambda run: (self._served.get(run.client, 0), run.admitted)):
+            count = min(run.known - run.held, draft.room)
+            if count and run.session in self._active and self._lend(run, count, draft):
+                draft.add(run, count)
+                self._served[run.client] = self._steps + 1
+        if not draft.entries and not self._closed and not self._put_back:
             return None
-        for entry in entries:
+        for entry in draft.entries:
             if entry.draws:  # to the end of the line, so that more sessions than rows take turns
                 self._active[entry.session] = self._active.pop(entry.session)
         self._steps += 1
         closed, self._closed = tuple(self._closed), []
-        return Step(self._steps, tuple(entries), closed)
+        put_back, self._put_back = tuple(self._put_back), []
+        return Step(self._steps, tuple(draft.entries), closed, put_back, decoding)
+
+    def _admit(self) -> None:
+        """Admit while there is room: of the client with the fewest sessions, in order of arrival."""
+        if not self._active:
+            self._served.clear()
+        while self._queue and len(self._active) < self._sessions:
+            running: dict[str, int] = {}
+            for run in self._active.values():
+                running[run.client] = running.get(run.client, 0) + 1
+            chosen = min(self._queue, key=lambda run: running.get(run.client, 0))
+            promised = sum(max(run.lent, capacity_for(run.known + 1)) for run in self._active.values())
+            if promised + capacity_for(chosen.known + 1) > self._kv_tokens:
+                return
+            self._queue.remove(chosen)
+            self._admissions += 1
+            chosen.admitted = self._admissions
+            self._active[chosen.session] = chosen
+
+    def _lend(self, run: _Run, count: int, draft: _Draft) -> bool:
+        """Make room for `count` more rows; False when the run itself is put back for it."""
+        wanted = capacity_for(run.held + count + 1)
+        while sum(one.lent for one in self._active.values()) - run.lent + wanted > self._kv_tokens:
+            free = [one for one in self._active.values() if one.held and one not in draft.runs]
+            last = max((*free, run), key=lambda one: one.admitted)
+            if last is run and len(free) + len(draft.runs) == 0:
+                raise Internal(f"key-value state: {wanted} tokens wanted for one session, {self._kv_tokens} in all")
+            del self._active[last.session]
+            last.held = 0
+            self._queue.insert(0, last)
+            self._put_back.append(last.session)
+            if last is run:
+                return False
+        return True

@@ -36,7 +36,8 @@ def all_pieces(manifest: Manifest) -> tuple[PieceRef, ...]:
             yield from slot.pieces
         yield from manifest.embedding.pieces
         yield from _ropes(manifest)
-        yield from manifest.graphs.values()
+        for graphs in manifest.graphs.values():
+            yield from graphs
         yield from manifest.tokenizer.values()
 
     return _unique(every())
@@ -66,7 +67,7 @@ def _of_segment(manifest: Manifest, segment: Segment, groups: Range) -> Iterator
         raise InvalidDocument(
             f"manifest {manifest.name} has no graph {name}, which the plan's share of {groups.count} uses"
         )
-    yield manifest.graphs[name]
+    yield from manifest.graphs[name]
     for slot in segment.slots:
         yield from share_pieces(slot, groups)
 

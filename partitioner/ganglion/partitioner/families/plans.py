@@ -130,7 +130,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Core:
-    """The base of cores that live in rooms of their own; `build_graph` finds their builder by type."""
+    """The base of cores that live in rooms of their own; `build_graphs` finds their builder by type."""
 
     @property
     def attention(self) -> Attention | None:

@@ -29,7 +29,7 @@ from ganglion.partitioner.graphs.mixture import build_mixture
 from ganglion.partitioner.quantize.recipe import Recipe
 from ganglion.wire.nouns import Segment
 
-__all__ = ["OPSET", "build_graph"]
+__all__ = ["OPSET", "build_graphs"]
 
 BUILDERS: Final[dict[type, Callable[[Builder, Any], None]]] = {
     Attention: build_attention,
@@ -41,8 +41,8 @@ BUILDERS: Final[dict[type, Callable[[Builder, Any], None]]] = {
 }
 
 
-def build_graph(plan: SegmentPlan, segment: Segment, count: int, model: Model, recipe: Recipe) -> bytes:
-    """The graph of a share of `count` groups, as ONNX bytes; equal arguments give equal bytes.
+def build_graphs(plan: SegmentPlan, segment: Segment, count: int, model: Model, recipe: Recipe) -> tuple[bytes, ...]:
+    """The graphs of a share of `count` groups, as ONNX bytes: three where it attends; equal arguments give equal bytes.
 
     Count 0: what a device does that has no group of the segment: it keeps the residual as the others have it, and
     leaves zeros (or, in mode keep, what it has not yet exchanged).

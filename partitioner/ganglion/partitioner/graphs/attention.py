@@ -1,5 +1,9 @@
 """Graphs of attention: rotary attention over the key-value cache of the share's heads.
 
+A segment that attends is three graphs: rows to queries, keys and values; attention; the output matrix. The first and
+the last run once for the rows of every session in a step, the one between them for each session. It has no weights but
+sinks, so that layers share it.
+
 Exact classes at head dimensions above 128, measured on ONNX Runtime 1.31.1 up to 256: MLAS adds queries times keys in
 blocks of 128 dimensions wherever it has more than 64 keys, in larger blocks for fewer. So a row's bits would depend on
 the number of keys: of the whole cache at its first 64 positions, and of every block of keys in the kernel's blocked
@@ -36,17 +40,16 @@ def attend(builder: Builder, core: Attention, projected: str, widths: list[int])
     """Attention over rows [S, q | k | v] of these widths, over state inputs and outputs: [S, q]."""
     head_dim, keys = core.head_dim, widths[1] // core.head_dim
     total, seqlens, rows = "total", "seqlens_k", ""
-    declare_state(builder, core, keys)
-    one_block = head_dim <= ONE_BLOCK_HEAD_DIM
-    if builder.exact:
-        projected, total, seqlens, rows = _even(builder, projected, 0 if one_block else EXACT_POSITIONS - 1)
     if core.head_norm in ("rms", "layer"):
         query, key, value = builder.split(projected, widths)
         query = _head_norm(builder, core, query, "q_norm", widths[0] // head_dim)
         key = _head_norm(builder, core, key, "k_norm", keys)
-        operands = [query, key, builder.reshape(value, [1, -1, widths[2]])]
-    else:
-        operands = [builder.reshape(projected, [1, -1, sum(widths)]), "", ""]
+        projected = builder.node("Concat", [query, key, value], axis=-1)[0]
+    projected = builder.seam(projected, "projected", sum(widths))
+    declare_state(builder, core, keys)
+    one_block = head_dim <= ONE_BLOCK_HEAD_DIM
+    if builder.exact:
+        projected, total, seqlens, rows = _even(builder, projected, 0 if one_block else EXACT_POSITIONS - 1)
     attributes: dict[str, Any] = {"num_heads": widths[0] // head_dim, "kv_num_heads": keys}
     if core.rope:
         attributes |= {"do_rotary": 1, "rotary_interleaved": int(core.interleaved)}
@@ -57,19 +60,28 @@ def attend(builder: Builder, core: Attention, projected: str, widths: list[int])
     if core.softcap:
         attributes["softcap"] = core.softcap
     tables = ["cos", "sin"] if core.rope else ["", ""]
-    inputs = [*operands, "past_key", "past_value", seqlens, total, *tables]
+    inputs = [
+        builder.reshape(projected, [1, -1, sum(widths)]),
+        "",
+        "",
+        "past_key",
+        "past_value",
+        seqlens,
+        total,
+        *tables,
+    ]
     if core.sinks:
         inputs += ["", "", builder.weight("sinks", [widths[0] // head_dim])]
     elif builder.exact and not one_block:
         inputs += ["", "", builder.constants([NO_SINK] * (widths[0] // head_dim))]
     builder.node_to(
-        ["attended", "present_key", "present_value"], "GroupQueryAttention", inputs, domain=MICROSOFT, **attributes
+        ["by_row", "present_key", "present_value"], "GroupQueryAttention", inputs, domain=MICROSOFT, **attributes
     )
-    attended = builder.reshape("attended", [-1, widths[0]])
+    attended = builder.reshape("by_row", [-1, widths[0]])
     if rows:
         zero = builder.shape([0])
         attended = builder.node("Slice", [attended, zero, rows, zero])[0]
-    return attended
+    return builder.seam(attended, "attended", widths[0])
 
 
 def declare_state(builder: Builder, core: Attention, keys: int) -> None:
@@ -146,4 +158,4 @@ def _head_norm(builder: Builder, core: Attention, rows: str, slot: str, heads: i
         ones = builder.constants([1.0] * dim)
         plain = builder.node("LayerNormalization", [by_head, ones], axis=-1, epsilon=epsilon)[0]
         normed = builder.node("Mul", [plain, builder.weight(slot, [heads, dim])])[0]
-    return builder.reshape(normed, [1, -1, heads * dim])
+    return builder.reshape(normed, [-1, heads * dim])

@@ -1,4 +1,7 @@
-"""A graph under construction: its nodes, its inputs and outputs, and its initializers, inside or in `weights.bin`."""
+"""Graphs under construction: nodes, inputs and outputs, and initializers, inside or in `weights.bin`.
+
+A segment is one graph, or several that run one after the other: `seam` ends one and begins the next.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,14 @@ ITEM_BYTES: Final[dict[int, int]] = {TensorProto.FLOAT: 4, TensorProto.UINT8: 1,
 
 
 class Nodes:
-    """The nodes and values of one graph, and its bytes."""
+    """The nodes and values of the graph that is being built, and the bytes of those before it."""
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self._finished: list[bytes] = []
+        self._begin()
+
+    def _begin(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []
@@ -94,8 +101,19 @@ class Nodes:
         self.outputs.append(helper.make_tensor_value_info(name, dtype, shape))
         return name
 
-    def finish(self) -> bytes:
-        """Serialize, deterministically."""
+    def seam(self, value: str, name: str, width: int) -> str:
+        """End this graph with rows `value`, called `name`, and begin the next with them: [S, width] float32."""
+        self.rename(value, name)
+        self.output(name, ["S", width])
+        self._finished.append(self._serialized())
+        self._begin()
+        return self.input(name, ["S", width])
+
+    def finish(self) -> tuple[bytes, ...]:
+        """The graphs in the order in which they run, serialized deterministically."""
+        return (*self._finished, self._serialized())
+
+    def _serialized(self) -> bytes:
         graph = helper.make_graph(self.nodes, self.name, self.inputs, self.outputs, self.initializers)
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="ganglion")

@@ -40,6 +40,13 @@ class Products(Nodes):
         self.sizes = {slot.name: slot.growth * slot.pieces[0].size for slot in segment.slots}
         self._rounded_rows: dict[str, tuple[str, str]] = {}
 
+    def seam(self, value: str, name: str, width: int) -> str:
+        """End this graph with rows `value`, and begin the next, which knows nothing of what was rounded here."""
+        if self.plan.entry.mode == "keep":
+            raise ValueError(f"segment {self.plan.kind}: what it has not yet exchanged does not pass a seam")
+        self._rounded_rows.clear()
+        return super().seam(value, name, width)
+
     def joined(self, rows: str, some: tuple[Linear, ...] = ()) -> str:
         """The products with every matrix that is cut by outputs (or some), side by side: [S, sum of widths]."""
         products = []

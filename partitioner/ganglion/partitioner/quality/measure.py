@@ -77,8 +77,8 @@ def measure(
         pair = Pair(plan, layout, plain, open_session)
         found = pair.noises(exact[:probes]) if by_tensor else []
         exact = [step(pair.plain, plan, layout, state) for state in exact]
-        session = pair.rounded()
-        rounded = [step(session, plan, layout, state) for state in rounded]
+        sessions = pair.rounded()
+        rounded = [step(sessions, plan, layout, state) for state in rounded]
         carried += found
         if not plan.carry:  # what a segment carries moves the residual only as much as the next one does
             seen = exact[:probes]
@@ -87,7 +87,7 @@ def measure(
             carried = []
     progress(len(plans), len(plans) + 1)
     pair = Pair(layout.head, layout, plain, open_session)
-    heads = pair.plain, pair.rounded()
+    heads = pair.plain[0], pair.rounded()[0]
     tally, alone = _Tally(), _Tally()
     for ids, one, two in zip(rows, exact, rounded, strict=True):
         tally.add(heads, layout.model.vocab, ids, (one, two))

@@ -12,7 +12,7 @@ import numpy as np
 
 from ganglion.partitioner.classes import Layout
 from ganglion.partitioner.families.plans import SegmentPlan
-from ganglion.partitioner.graphs import build_graph
+from ganglion.partitioner.graphs import build_graphs
 from ganglion.partitioner.quantize.recipe import Recipe
 from ganglion.partitioner.slots import Array, cut_group, cut_whole, slots_of
 from ganglion.partitioner.weights import Floats
@@ -47,6 +47,9 @@ class OpenSession(Protocol):
         ...
 
 
+Sessions = tuple[Session, ...]  # of a segment's graphs, in the order in which they run
+
+
 @dataclass
 class State:
     """What a row of tokens is between two segments: [tokens, hidden] each, and what the segment before carried."""
@@ -68,8 +71,8 @@ def cut_segment(plan: SegmentPlan, layout: Layout, recipe: Recipe) -> Cut:
     return found
 
 
-def start(plan: SegmentPlan, layout: Layout, recipe: Recipe, cut: Cut, open_session: OpenSession) -> Session:
-    """A session of all groups of a segment with the numbers in `cut`."""
+def start(plan: SegmentPlan, layout: Layout, recipe: Recipe, cut: Cut, open_session: OpenSession) -> Sessions:
+    """Sessions of all groups of a segment with the numbers in `cut`."""
     pieces: dict[str, memoryview] = {}
 
     def put(slot: str, group: int, array: Array) -> PieceRef:
@@ -92,7 +95,8 @@ def start(plan: SegmentPlan, layout: Layout, recipe: Recipe, cut: Cut, open_sess
     weights = io.BytesIO()
     write_weights(segment, Range(0, plan.groups), pieces.__getitem__, weights)
     pieces.clear()
-    return open_session(build_graph(plan, segment, plan.groups, layout.model, recipe), weights.getvalue())
+    graphs = build_graphs(plan, segment, plan.groups, layout.model, recipe)
+    return tuple(open_session(graph, weights.getvalue()) for graph in graphs)
 
 
 def embed(layout: Layout, rows: Iterable[Sequence[int]]) -> list[State]:
@@ -109,13 +113,13 @@ def embed(layout: Layout, rows: Iterable[Sequence[int]]) -> list[State]:
     return states
 
 
-def step(session: Session, plan: SegmentPlan, layout: Layout, state: State) -> State:
+def step(sessions: Sessions, plan: SegmentPlan, layout: Layout, state: State) -> State:
     """The state after a segment."""
-    found = run(session, plan, layout, state)
+    found = run(sessions, plan, layout, state)
     return State(found.get("res_out", state.res), found["partial"], found.get("carry"))
 
 
-def run(session: Session, plan: SegmentPlan, layout: Layout, state: State) -> dict[str, Any]:
+def run(sessions: Sessions, plan: SegmentPlan, layout: Layout, state: State) -> dict[str, Any]:
     """Every output of a segment for a row that begins at position 0, by name."""
     feeds: dict[str, Any] = {"delta": state.delta}
     feeds |= {"carry": state.carry} if plan.entry.mode == "carry" else {"res": state.res}
@@ -124,7 +128,7 @@ def run(session: Session, plan: SegmentPlan, layout: Layout, state: State) -> di
         capacity = max(tokens + 1, EXACT_POSITIONS)  # exact graphs pad rows
         total = np.array([tokens], np.int32)
         feeds |= {"seqlens_k": total - 1, "total": total}
-        for one in session.get_inputs():
+        for one in (one for session in sessions for one in session.get_inputs()):
             if one.name.startswith("past_"):
                 shape = [size if isinstance(size, int) else capacity for size in one.shape]
                 feeds[one.name] = np.zeros(shape, np.float32)
@@ -132,5 +136,9 @@ def run(session: Session, plan: SegmentPlan, layout: Layout, state: State) -> di
             variants = dict(layout.model.ropes)[plan.rope]
             rope = next((one.rope for one in variants if one.context >= tokens), variants[-1].rope)
             feeds["cos"], feeds["sin"] = rope.rows(0, capacity)
-    names = [one.name for one in session.get_outputs() if not one.name.startswith("present_")]
-    return dict(zip(names, session.run(names, feeds), strict=True))
+    found: dict[str, Any] = {}
+    for session in sessions:
+        names = [one.name for one in session.get_outputs() if not one.name.startswith("present_")]
+        taken = {one.name: (feeds | found)[one.name] for one in session.get_inputs()}
+        found |= zip(names, session.run(names, taken), strict=True)
+    return found

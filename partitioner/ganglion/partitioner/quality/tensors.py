@@ -10,7 +10,7 @@ import numpy as np
 
 from ganglion.partitioner.classes import Layout
 from ganglion.partitioner.families.plans import GatedMlp, Linear, SegmentPlan
-from ganglion.partitioner.quality.stream import Cut, OpenSession, Session, State, cut_segment, run, start
+from ganglion.partitioner.quality.stream import Cut, OpenSession, Sessions, State, cut_segment, run, start
 from ganglion.partitioner.quantize.blocks import dequantize
 from ganglion.partitioner.quantize.formats import Format
 from ganglion.partitioner.quantize.recipe import Recipe
@@ -72,7 +72,7 @@ class Pair:
         self._cut = cut_segment(plan, layout, layout.recipe)
         self.plain = start(plan, layout, plain, self._plain_cut, open_session)
 
-    def rounded(self) -> Session:
+    def rounded(self) -> Sessions:
         """The segment in the recipe's formats."""
         return start(self.plan, self.layout, self.layout.recipe, self._cut, self._open)
 
@@ -81,8 +81,8 @@ class Pair:
         watched = "carry" if self.plan.carry else "partial"
         expected = [run(self.plain, self.plan, self.layout, state)[watched] for state in states]
 
-        def relative(session: Session) -> float:
-            moved = [run(session, self.plan, self.layout, state)[watched] for state in states]
+        def relative(sessions: Sessions) -> float:
+            moved = [run(sessions, self.plan, self.layout, state)[watched] for state in states]
             return energy([a - b for a, b in zip(moved, expected, strict=True)]) / max(energy(expected), 1e-30)
 
         by_tensor: dict[str, list[Linear]] = {}  # a checkpoint may store several matrices as one
@@ -116,7 +116,7 @@ class Pair:
         pattern = f"{commonprefix(names)}*"  # noqa: RUF071 - of characters: up to where the experts' names part
         return Noise(pattern, form, outputs, width, tally, relative)
 
-    def _only_stacks(self) -> Session:
+    def _only_stacks(self) -> Sessions:
         """The segment with only these rounded."""
         plain = {f"{matrix.tensor}.weight": Format("fp32") for matrix in self.plan.linears}
         recipe = replace(self.layout.recipe, exceptions=plain)
@@ -124,7 +124,7 @@ class Pair:
         cut: Cut = {slot: self._plain_cut[slot] if slot in linear else arrays for slot, arrays in self._cut.items()}
         return start(self.plan, self.layout, recipe, cut, self._open)
 
-    def _only(self, tensor: str, matrices: list[Linear]) -> Session:
+    def _only(self, tensor: str, matrices: list[Linear]) -> Sessions:
         """The segment with only this tensor rounded."""
         form = self.layout.recipe.of(matrices[0])
         recipe = replace(self.layout.recipe, numeric_class=self._plain_recipe.numeric_class, exceptions={tensor: form})

@@ -1,9 +1,11 @@
 """The manifest: a model cut into pieces and graphs, and how a share is put together from them.
 
 A *piece* is one slot's bytes for one group, named by SHA-256. A *graph* is an ONNX file for a share of `count` groups
-of a segment kind; all layers with the same kind share it. Its initializers lie in one external file, by convention
-named `weights.bin`, put together on the device: for each slot in order, the pieces of groups start..stop-1 joined
-along the slot's axis, no padding between slots.
+of a segment kind; all layers with the same kind share it. A segment that attends has three, run one after the other:
+the first and the last on the rows of all sessions of a step at once, the one between them on those of each session. The
+initializers of a segment's graphs lie in one external file, by convention named `weights.bin`, put together on the
+device: for each slot in order, the pieces of groups start..stop-1 joined along the slot's axis, no padding between
+slots.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import msgspec
 from ganglion.wire.nouns.document import Document
 
 WEIGHTS_FILE = "weights.bin"
-MANIFEST_FORMAT: Literal[2] = 2
+MANIFEST_FORMAT: Literal[3] = 3
 EXACT_POSITIONS = 66  # of a session's buffers and of cos, sin: exact attention writes so many even for fewer tokens
 
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
@@ -52,7 +54,7 @@ class Slot(Document, frozen=True, kw_only=True):
 
 
 class Segment(Document, frozen=True, kw_only=True):
-    """One ONNX graph's worth of a layer, between two exchanges; it leaves a partial sum.
+    """One part of a layer, between two exchanges; it leaves a partial sum.
 
     kind: names its graphs (`Manifest.graphs["{kind}/{count}"]`). groups: how many it is split in. axis: which range of
     a share applies, "heads" (key-value head groups) or "columns" (MLP column groups). attends: it has key-value state.
@@ -146,9 +148,10 @@ class Manifest(Document, frozen=True, kw_only=True):
       every segment:  res f32[S,H], delta[S,H] -> res_out f32[S,H], partial[S,width]; of a segment that takes "carry"
                       carry f32[S,g*carry], delta[S,width] (both of the segment before) -> partial
       with carry:     -> carry f32[S,g*carry]
-      that attends:   past_key f32[1,g,cap,hd], past_value, seqlens_k i32[1] (= total-1), total i32[1]
-                      (total_sequence_length), with a rope cos f32[context,half], sin -> present_key, present_value
-                      (bound to the same buffers as past)
+      that attends:   its first graph gives projected f32[S,g*(q+k+v)] in place of partial; its second takes that,
+                      past_key f32[1,g,cap,hd], past_value, seqlens_k i32[1] (= total-1), total i32[1]
+                      (total_sequence_length), with a rope cos f32[context,half], sin -> attended f32[S,g*q],
+                      present_key, present_value (bound to the same buffers as past); its third attended -> partial
       head (kind "head", axis "columns"): res, delta -> logits f32[S, g * vocab_group_rows] (final norm inside)
     "{kind}/0" is what a device without a group runs: res, delta -> res_out, partial.
     Exact attention pads an odd S with a row of its own at position total: the buffers and cos, sin hold that position
@@ -159,7 +162,7 @@ class Manifest(Document, frozen=True, kw_only=True):
     f32[S,2H] (res, then delta in float32, where a layer does more to the sum than to add it).
     """
 
-    format_version: Literal[2]
+    format_version: Literal[3]
     name: str  # as a person calls it; the API's model id
     family: str
     source_digest: Digest  # of the checkpoint's headers and config
@@ -171,7 +174,7 @@ class Manifest(Document, frozen=True, kw_only=True):
     embedding: Embedding
     ropes: dict[str, tuple[RopeTable, ...]]  # by rising context: a deployment takes the first that is long enough
     handover: Literal["sum", "parts"]
-    graphs: dict[str, PieceRef]
+    graphs: dict[str, tuple[PieceRef, ...]]
     tokenizer: dict[str, PieceRef]  # file name -> piece: tokenizer.json, tokenizer_config.json, ...
     bos_id: int | None
     eos_ids: tuple[int, ...]

@@ -61,6 +61,7 @@ class Plan(Document, frozen=True, kw_only=True):
     numeric_class: NumericClass
     context: Positive  # tokens a session may hold: prompt and answer
     sessions: Positive  # admitted at the same time
+    kv_tokens: Positive  # of key-value state of all sessions together, in capacities of 512 * 2**n
     chunk: Positive  # rows of a step at most (prefill chunk)
     stages: tuple[Stage, ...]
     threads: dict[str, int]  # node id -> intra-op threads
@@ -84,7 +85,7 @@ class PlanOptions(Document, frozen=True, kw_only=True):
     shares: tuple[Positive, ...] = ()  # relative shares, one per device of `devices`; () = by measured speed
     topology: Literal["auto", "mesh", "star"] = "auto"
     context: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 0  # 0: the model's own, at most what fits
-    sessions: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0  # 0: as many as fit, at most 4
+    sessions: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0  # at a time, sharing the memory for up to 4; 0: 16
     chunk: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0  # 0: 256
     private: bool = False  # only devices labelled owner
 
