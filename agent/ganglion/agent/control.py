@@ -38,6 +38,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
     bind: str
     beat_path: str
     lanes: LaneMode = "auto"
+    store_budget_bytes: int = 0
 
 
 class Connect(msgspec.Struct, frozen=True, kw_only=True, tag="connect"):

@@ -398,6 +398,7 @@ class Supervisor:
             bind=self._bind,
             beat_path=str(beat),
             lanes=self._lanes,
+            store_budget_bytes=self._store.budget_bytes,
         )
         try:
             worker = await WorkerProcess.spawn(
@@ -434,6 +435,7 @@ class Supervisor:
         if worker is not None:
             await worker.stop()
         await asyncio.to_thread(shutil.rmtree, self._run_path(key), ignore_errors=True)
+        await asyncio.to_thread(self._store.prepacked.sweep)  # what it had not kept yet
         for suffix in (".beat", ".log"):
             self._run_path(key, suffix).unlink(missing_ok=True)
 

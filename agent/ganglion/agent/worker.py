@@ -37,6 +37,7 @@ from ganglion.agent.control import (
 from ganglion.agent.executor.embedding import EmbeddingTable
 from ganglion.agent.executor.executor import Executor
 from ganglion.agent.executor.loader import load_shard, start_runtime
+from ganglion.agent.executor.prepacked import Prepacked
 from ganglion.agent.lead.driver import Lead
 from ganglion.agent.lead.grammar import Grammars
 from ganglion.agent.store import PieceStore
@@ -117,6 +118,7 @@ class Worker:
         await bound.start()
         self._loaded = loaded
         self._emit(Listening(port=bound.port))
+        threading.Thread(target=loaded.prepacked.keep, name="keep", daemon=True).start()
 
     async def _connect(self, loaded: _Loaded, command: Connect) -> None:
         if self._serving is not None:
@@ -233,6 +235,7 @@ class Worker:
             await self._loaded.board.close()
             await self._loaded.server.stop()
             self._loaded.beat.close()
+            self._loaded.prepacked.close()
         self.remove_files()
 
     def remove_files(self) -> None:
@@ -257,9 +260,18 @@ class _Loaded:
         stage, share = _part_of(self.plan, command.node_id)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700)
-        store = PieceStore(home.store)
+        store = PieceStore(home.store, command.store_budget_bytes)
         start_runtime(self.plan.threads.get(command.node_id, 1))
-        shard = load_shard(self.manifest, stage, share, open_piece=store.open, folder=folder, progress=progress)
+        self.prepacked = Prepacked(store)
+        shard = load_shard(
+            self.manifest,
+            stage,
+            share,
+            open_piece=store.open,
+            folder=folder,
+            progress=progress,
+            prepacked=self.prepacked,
+        )
         self.executor = Executor(self.manifest, self.plan, shard, store.open)
         self.embedding = EmbeddingTable(self.manifest, store.open) if self.rank == 0 else None
         self.grammars = Grammars(self.manifest, store.open)

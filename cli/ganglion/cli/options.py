@@ -58,7 +58,9 @@ MemoryOption = Annotated[
 StoreOption = Annotated[
     str | None,
     typer.Option(
-        "--store", help="Disk for models' pieces here, for example 50GiB. Default: no limit.", show_default=False
+        "--store",
+        help="Disk for models' pieces here and what is made from them, for example 50GiB. Default: no limit.",
+        show_default=False,
     ),
 ]
 BandwidthOption = Annotated[

@@ -24,7 +24,7 @@ from ganglion.wire.errors import GanglionError, Unavailable
 
 READY_S: Final = 60.0
 GRACE_S: Final = 15.0
-POLL_S: Final = 0.05
+POLL_S: Final = 0.02
 LOG_BYTES: Final = 8 << 20
 TAIL_LINES: Final = 15
 SAID: Final = "error: "  # how a command begins the one line about what went wrong

@@ -19,6 +19,14 @@ from ganglion.wire.home import Home, make_private_folder
 LOGS: Final = "log"
 
 
+def _import_deploying(*, cutting: bool) -> None:
+    """What comes next, imported in the time that the last child takes to start; `cutting`: a home without the demo."""
+    import ganglion.cli.deploying
+
+    if cutting:
+        import ganglion.partitioner.cut  # noqa: F401
+
+
 class Stack:
     """The three roles of one machine. `start`, then `watch` until it raises or is cancelled, then always `stop`."""
 
@@ -36,25 +44,31 @@ class Stack:
         output.step(
             f"owner key {'made' if made else 'found'}: {self.root / 'owner' / 'owner.key'} (it stays here; keep a copy)"
         )
-        ready = await self._start("coordinator", self._coordinator_arguments())
-        output.step(
-            f"coordinator: devices enrol at port {ready['enrolment_port']}, its own port is {ready['fleet_port']}"
-        )
-        await owner_identity(self.root)
-
-        agent = await enrol_here(
-            self.root, key, role=Role.AGENT, name=self.name, home=agents_home(self.root) / self.name
-        )
-        output.doing(f"agent {agent.name}: measuring this machine")
-        ready = await self._start("agent", self._agent_arguments())
-        output.step(f"agent {agent.name}: {ready['summary']}")
-
-        gateway = f"{self.name}-gateway"
-        await enrol_here(self.root, key, role=Role.GATEWAY, name=gateway, home=gateway_home(self.root))
+        name, home = self.name, Home(agents_home(self.root) / self.name)
+        # Beside the coordinator's start; the agent finds the figures in its home.
+        measuring = asyncio.create_task(self._measure(home))
+        try:
+            ready = await self._start("coordinator", self._coordinator_arguments())
+            output.step(
+                f"coordinator: devices enrol at port {ready['enrolment_port']}, its own port is {ready['fleet_port']}"
+            )
+            await owner_identity(self.root)
+            agent = await enrol_here(self.root, key, role=Role.AGENT, name=name, home=home.path)
+            output.doing(f"agent {agent.name}: measuring this machine")
+            await enrol_here(self.root, key, role=Role.GATEWAY, name=f"{name}-gateway", home=gateway_home(self.root))
+            await measuring
+        finally:
+            measuring.cancel()
+            await asyncio.gather(measuring, return_exceptions=True)
         self._first_key()
-        ready = await self._start("gateway", self._gateway_arguments())
-        self.api = str(ready["api"])
-        output.step(f"gateway: the API is at {self.api}/v1")
+        async with asyncio.TaskGroup() as group:
+            agents = group.create_task(self._start("agent", self._agent_arguments()))
+            gateways = group.create_task(self._start("gateway", self._gateway_arguments()))
+            output.step(f"agent {agent.name}: {(await agents)['summary']}")
+            importing = group.create_task(asyncio.to_thread(_import_deploying, cutting=made))
+            self.api = str((await gateways)["api"])
+            output.step(f"gateway: the API is at {self.api}/v1")
+            await importing
 
     async def watch(self) -> None:
         """Restart what dies, with growing pauses; raises Unavailable when one dies too often."""
@@ -80,6 +94,14 @@ class Stack:
         home = Home(gateway_home(self.root))
         if not is_loopback(self.chosen.host) and not list_keys(home):
             output.step(f"API key, shown once: {create_key(home, 'first')}")
+
+    async def _measure(self, home: Home) -> None:
+        from ganglion.agent.probe import probe_device
+
+        chosen = self.chosen
+        await probe_device(
+            home.path, store=home.store, threads=chosen.threads or 0, memory_budget_bytes=chosen.memory or 0
+        )
 
     async def _start(self, role: str, arguments: list[str]) -> dict[str, Any]:
         logs = make_private_folder(self.root / LOGS)

@@ -9,7 +9,6 @@ from typing import Final
 
 from ganglion.cli import output
 from ganglion.cli.admin import Admin, admin
-from ganglion.cli.deploying import Wish, ensure_ready
 from ganglion.cli.owner import load_owner_key, make_root, mint_here, owner_home
 from ganglion.cli.serving import Announce, read_serving, serving
 from ganglion.cli.settings import Settings
@@ -60,6 +59,8 @@ def _first(errors: BaseExceptionGroup[GanglionError]) -> GanglionError:
 
 
 async def _serve_owner(root: Path, stack: Stack, announce: Announce, *, demo: bool) -> None:
+    from ganglion.cli.deploying import Wish, ensure_ready  # the stack imported it while its children started
+
     async with admin(root) as line:
         model = None
         if demo:

@@ -19,6 +19,7 @@ from ganglion.agent.executor.embedding import EmbeddingTable
 from ganglion.agent.executor.executor import Executor
 from ganglion.agent.executor.loader import load_shard, start_runtime
 from ganglion.agent.executor.prefix_blocks import Begin, Keep
+from ganglion.agent.executor.prepacked import Prepacked
 from ganglion.agent.store import PieceStore
 from ganglion.partitioner.cut import numeric_class, partition
 from ganglion.wire.errors import Corrupt, Exhausted, InvalidDocument, ProtocolViolation
@@ -59,6 +60,7 @@ class Cut:
         context: int = 0,
         chunk: int = 64,
         prefix_tokens: int = 0,
+        prepacked: Prepacked | None = None,
     ):
         start_runtime(1)
         shares = tuple(
@@ -87,6 +89,7 @@ class Cut:
                 open_piece=self.store.open,
                 folder=self.folder / f"x{self.opened}-{rank}",
                 progress=lambda done, total: None,
+                prepacked=prepacked,
             )
             found.append(Executor(self.manifest, plan, shard, self.store.open))
         return Together(self, found)
@@ -167,6 +170,21 @@ def test_fast_classes_agree_closely(cuts):
     found = cut.executors([2, 1]).sequence(IDS, [20, 1, 39])
     assert np.abs(found - expected).max() / np.abs(expected).max() < 0.2
     assert (found.argmax(1) == expected.argmax(1)).mean() > 0.8
+
+
+@pytest.mark.parametrize(("weights", "fast"), [("fp32", False), ("int4", False), ("int4", True), ("int8", False)])
+def test_prepacked_parts_give_the_same_bits(cuts, weights, fast):
+    cut = cuts("llama", weights, fast)
+    expected = cut.executors([3, 1]).sequence(IDS, [13, 1, 1, 45])
+    for kept in (False, True):
+        prepacked = Prepacked(cut.store, least_bytes=0)
+        assert bool(cut.store.prepacked.used_bytes()) is kept
+        found = cut.executors([3, 1], prepacked=prepacked).sequence(IDS, [13, 1, 1, 45])
+        assert np.array_equal(found, expected), kept
+        prepacked.keep()
+        prepacked.close()
+    cut.store.prepacked.shrink(1 << 40)
+    assert not cut.store.prepacked.used_bytes()
 
 
 @pytest.mark.parametrize("weights", ["fp32", "int4"])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,8 @@ from typing import Any
 import onnxruntime as ort
 
 from ganglion.agent.executor.graph_file import check_file, check_graph
-from ganglion.wire.errors import Corrupt, Internal, InvalidDocument
+from ganglion.agent.executor.prepacked import Prepacked, Sources
+from ganglion.wire.errors import Corrupt, GanglionError, Internal, InvalidDocument
 from ganglion.wire.nouns import WEIGHTS_FILE, Manifest, NumericClass, PieceRef, Range, Segment, Share, Stage
 from ganglion.wire.shares import OpenPiece, weights_size, write_weights
 
@@ -46,6 +51,17 @@ def _options() -> ort.SessionOptions:
     options.log_severity_level = 3
     options.add_session_config_entry("session.use_env_allocators", "1")
     return options
+
+
+def _session(graph: Path, save: Path | None) -> Any:
+    """A session of `graph`, whose weights lie beside it; `save`: where to write it with its weights prepacked."""
+    options = _options()
+    if save is not None:
+        options.optimized_model_filepath = str(save)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS_FILE)
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,39 +135,56 @@ def load_shard(
     open_piece: OpenPiece,
     folder: Path,
     progress: Callable[[int, int], None],
+    prepacked: Prepacked | None = None,
 ) -> Shard:
-    """Write graphs and weights below `folder`, open every session; `progress(done_bytes, total_bytes)` as it goes.
+    """Open every session, `progress(done_bytes, total_bytes)` as it goes, in as many threads as compute.
 
-    Raises Corrupt (a graph or piece that is not what the manifest says), NotFound (a piece is missing), InvalidDocument
-    (a plan that does not go with the manifest).
+    From prepacked parts where those are given; else graphs and weights are put together below `folder`, where nothing
+    is left: what is loaded stays mapped. Raises Corrupt (a graph or piece that is not what the manifest says), NotFound
+    (a piece is missing), InvalidDocument (a plan that does not go with the manifest).
     """
     parts = list(_parts(manifest, stage, share))
     total, done = sum(part.size for part in parts), 0
     loaded = []
-    loader = _Loader(manifest, open_piece)
-    for part in parts:
-        runs = _runs(part.name, part.segment, part.share)
-        sessions = loader.load(part, folder / part.name) if runs else ()
-        done += part.size
-        progress(done, total)
-        widths = _widths(part, sessions) if len(sessions) > 1 else (0, 0)
-        loaded.append(LoadedSegment(part.segment, part.share.count, sessions, *widths))
+    loader = _Loader(manifest, open_piece, folder, prepacked)
+    with ThreadPoolExecutor(_pool_threads or 1, thread_name_prefix="load") as pool:
+        try:
+            for part, sessions in zip(parts, pool.map(loader.load, parts), strict=True):
+                done += part.size
+                progress(done, total)
+                widths = _widths(part, sessions) if len(sessions) > 1 else (0, 0)
+                loaded.append(LoadedSegment(part.segment, part.share.count, sessions, *widths))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    _return_memory()
     head = loaded.pop()
     own = len(loaded) // 2 if manifest.prompt_layers else len(loaded)
     segments, prompt = tuple(loaded[:own]), tuple(loaded[own:])
     return Shard(segments, prompt or segments, head if head.sessions else None, total)
 
 
-class _Loader:
-    """Opens the graphs of parts; those without weights once for all parts that have them."""
+def _return_memory() -> None:
+    """Give back what packing left free: glibc would keep up to half of the weights' size."""
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
 
-    def __init__(self, manifest: Manifest, open_piece: OpenPiece) -> None:
+
+class _Loader:
+    """Opens the graphs of parts, in several threads; those without weights once for all parts that have them."""
+
+    def __init__(self, manifest: Manifest, open_piece: OpenPiece, folder: Path, prepacked: Prepacked | None) -> None:
         self._manifest = manifest
         self._open_piece = open_piece
+        self._folder = folder
+        self._prepacked = prepacked
+        self._sharing = threading.Lock()
         self._shared: dict[tuple[str, int], Any] = {}
 
-    def load(self, part: _Part, folder: Path) -> tuple[Any, ...]:
-        """The sessions of a part's graphs, its files below `folder`."""
+    def load(self, part: _Part) -> tuple[Any, ...]:
+        """The sessions of a part's graphs."""
+        if not _runs(part.name, part.segment, part.share):
+            return ()
         name = f"{part.segment.kind}/{part.share.count}"
         pieces, ends = self._manifest.graphs.get(name), _ends(part)
         if pieces is None or len(pieces) != len(ends):
@@ -159,31 +192,52 @@ class _Loader:
             raise InvalidDocument(
                 f"manifest {self._manifest.name}: {found} graphs {name!r}, the plan needs {len(ends)}"
             )
+        folder = self._folder / part.name
         folder.mkdir(mode=0o700, parents=True)
-        with (folder / WEIGHTS_FILE).open("wb") as file:
-            write_weights(part.segment, part.share, self._open_piece, file)
-        check_file(folder / WEIGHTS_FILE, part.size)
         sessions = []
-        for number, (piece, end) in enumerate(zip(pieces, ends, strict=True)):
-            session = self._shared.get((piece.digest, number))
-            if session is None:
-                session, weighs = self._open(name, piece, folder / f"{number}.onnx", part.size)
-                if not weighs:
-                    self._shared[piece.digest, number] = session
-            _check_ends(name, session, end, self._manifest.numeric_class)
-            sessions.append(session)
+        try:
+            for number, (piece, end) in enumerate(zip(pieces, ends, strict=True)):
+                session = self._open(name, number, piece, part)
+                _check_ends(name, session, end, self._manifest.numeric_class)
+                sessions.append(session)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
         return tuple(sessions)
 
-    def _open(self, name: str, piece: PieceRef, path: Path, weights_bytes: int) -> tuple[Any, bool]:
-        """A session, and whether it has weights in the file beside it."""
+    def _open(self, name: str, number: int, piece: PieceRef, part: _Part) -> Any:
         graph = self._open_piece(piece.digest)
-        weighs = check_graph(graph, weights_bytes)
-        path.write_bytes(graph)
-        check_file(path, len(graph))
+        weighs = check_graph(graph, part.size)
+
+        def write() -> Path:
+            path = self._folder / part.name / f"{number}.onnx"
+            path.write_bytes(graph)
+            check_file(path, len(graph))
+            if weighs:
+                self._write_weights(part)
+            return path
+
         try:
-            return ort.InferenceSession(path, _options(), providers=["CPUExecutionProvider"]), weighs
+            if not weighs:
+                with self._sharing:
+                    session = self._shared.get((piece.digest, number))
+                    if session is None:
+                        session = self._shared[piece.digest, number] = _session(write(), None)
+                    return session
+            if self._prepacked is None:
+                return _session(write(), None)
+            return self._prepacked.open(Sources(piece, part.segment, part.share, part.size), write, _session)
+        except (GanglionError, OSError):
+            raise
         except Exception as error:
             raise Corrupt(f"graph {name} of {self._manifest.name} does not load: {error}") from error
+
+    def _write_weights(self, part: _Part) -> None:
+        """Write the weights of a part's graphs, once for all of them."""
+        path = self._folder / part.name / WEIGHTS_FILE
+        if not path.exists():
+            with path.open("xb") as file:
+                write_weights(part.segment, part.share, self._open_piece, file)
+            check_file(path, part.size)
 
 
 _Ends = tuple[set[str], set[str]]

@@ -25,7 +25,7 @@ from ganglion.wire.nouns import BATCH_ROWS, PREFILL_ROWS, DeviceProfile
 log = logging.getLogger(__name__)
 
 CACHE_FILE: Final = "probe.json"
-PROBE_S: Final = 60.0  # a probe takes 2 to 3 s; a machine that is busy beyond measure gets an error, not a hang
+PROBE_S: Final = 60.0  # a probe takes 1 to 2 s; a machine that is busy beyond measure gets an error, not a hang
 LARGE_BYTES: Final = 2 << 30  # of available memory, from which on the large products are timed
 BUDGET_OF_TOTAL: Final = 0.75
 BUDGET_OF_AVAILABLE: Final = 0.9

@@ -1,4 +1,4 @@
-"""Removing a model from a store: its manifest, and the pieces that no other manifest there names."""
+"""Removing a model from a store: its manifest, the pieces that no other manifest there names, what was made of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ganglion.wire.nouns import PieceRef
 
 @dataclass(frozen=True)
 class Removed:
-    """What went: pieces and their bytes."""
+    """What went: pieces, and the bytes of them and of the parts that were made from them."""
 
     pieces: int
     size_bytes: int
@@ -38,5 +38,6 @@ def remove_model(store: PieceStore, shelf: ManifestShelf, name: str) -> Removed:
     """
     going = unshared_pieces(store, shelf, name)
     shelf.remove(name)
+    made = store.prepacked.forget(frozenset(piece.digest for piece in going))
     gone = [piece for piece in going if store.remove(piece.digest)]
-    return Removed(len(gone), sum(piece.size for piece in gone))
+    return Removed(len(gone), sum(piece.size for piece in gone) + made)

@@ -22,6 +22,7 @@ from typing import Final
 
 import psutil
 
+from ganglion.agent.store.prepacked import PrepackedParts
 from ganglion.wire.errors import Conflict, Corrupt, Exhausted, InvalidRequest, NotFound
 from ganglion.wire.nouns import PieceRef
 
@@ -33,7 +34,10 @@ Buffer = bytes | bytearray | memoryview | mmap.mmap
 
 
 class PieceStore:
-    """Pieces under `path`, together at most `budget_bytes` (0: as much as the disk has). Safe from several threads."""
+    """Pieces under `path`, and parts made from them, together at most `budget_bytes` (0: as much as the disk has).
+
+    Safe from several threads.
+    """
 
     def __init__(self, path: Path, budget_bytes: int = 0) -> None:
         self.path = Path(path)
@@ -43,6 +47,7 @@ class PieceStore:
         self._lock = threading.Lock()
         self._counted: int | None = None
         self._coming: set[str] = set()  # what a PartialPiece of this process is open for
+        self.prepacked = PrepackedParts(self.path / "prepacked")
 
     def put(self, buffer: Buffer) -> PieceRef:
         """Keep `buffer` and name it; the same bytes again cost a hash. Raises Exhausted (budget, disk)."""
@@ -124,6 +129,7 @@ class PieceStore:
 
     def sweep(self) -> None:
         """Remove what processes that were killed had half written."""
+        self.prepacked.sweep()
         for scratch in self._pieces.glob("*/.put-*"):
             with contextlib.suppress(ValueError, FileNotFoundError):
                 if not psutil.pid_exists(int(scratch.name.split("-")[1])):
@@ -147,24 +153,37 @@ class PieceStore:
         except FileNotFoundError:
             return 0
 
-    def reserve(self, size_bytes: int) -> None:
-        """Check that `size_bytes` more fit disk and budget; raises Exhausted naming the figure and the knob."""
+    def reserve(self, size_bytes: int, *, spare_bytes: int = 0) -> None:
+        """Check that `size_bytes` more fit budget and disk, which keeps `spare_bytes`; parts that nobody uses give way.
+
+        Raises Exhausted naming the figure and the knob.
+        """
         free = shutil.disk_usage(self.path).free
-        if size_bytes > free:
+        if size_bytes + spare_bytes > free and self.prepacked.shrink(size_bytes + spare_bytes - free):
+            free = shutil.disk_usage(self.path).free
+        if size_bytes + spare_bytes > free:
             raise Exhausted(
-                f"{size_bytes} bytes more are needed in {self.path}, its disk has {free} free: free some space, or put"
-                " the home on another disk with --home"
+                f"{size_bytes + spare_bytes} bytes more are needed in {self.path}, its disk has {free} free: free some"
+                " space, or put the home on another disk with --home"
             )
         if not self.budget_bytes:
             return
         with self._lock:
-            if self._counted is None or self._counted + size_bytes > self.budget_bytes:
-                self._counted = self.used_bytes()  # another process may have written or removed
-            if self._counted + size_bytes > self.budget_bytes:
+            short = self._short(size_bytes)
+            if short > 0 and self.prepacked.shrink(short):
+                short = self._short(size_bytes)
+            if short > 0:
                 raise Exhausted(
-                    f"the store {self.path} holds {self._counted} bytes and {size_bytes} more are needed, its budget is"
-                    f" {self.budget_bytes}: raise the store budget, or remove a model"
+                    f"the store {self.path} holds {self.budget_bytes + short - size_bytes} bytes and {size_bytes} more"
+                    f" are needed, its budget is {self.budget_bytes}: raise the store budget, or remove a model"
                 )
+
+    def _short(self, size_bytes: int) -> int:
+        """Bytes by which `size_bytes` more would exceed the budget; pieces are counted anew before they do."""
+        parts = self.prepacked.used_bytes()
+        if self._counted is None or self._counted + parts + size_bytes > self.budget_bytes:
+            self._counted = self.used_bytes()  # another process may have written or removed
+        return self._counted + parts + size_bytes - self.budget_bytes
 
     def partial(self, ref: PieceRef) -> PartialPiece:
         """The piece on its way here, continued where an earlier transfer stopped. Close it, or use `with`.

@@ -54,6 +54,7 @@ SETTLE_S: Final = 1.5  # a broken lane is noticed before its cause: how long the
 NO_PROGRESS_S: Final = 180.0  # fetching and loading: without a byte more
 CONNECT_ALL_S: Final = 30.0
 RETURN_S: Final = 10.0  # after a restart: how long the devices of the last plan may take to come back
+RETURNED_S: Final = 0.1  # for their first messages; what they can do was known before
 FORGIVEN_S: Final = 60.0  # of service, after which earlier failures no longer count
 FAILURES: Final = 3  # of one device's workers, after which it is left out
 
@@ -292,7 +293,7 @@ class DeploymentMachine:
         if event.joined in self._awaited:
             self._awaited.discard(event.joined)
             if not self._awaited and self._plan_at_s is not None:
-                self._plan_at_s = min(self._plan_at_s, now_s + GATHER_S)
+                self._plan_at_s = min(self._plan_at_s, now_s + RETURNED_S)
         if self.phase is Phase.FAILED and not self._planning and self._plan_at_s is None:
             return self._plan_soon(now_s, GATHER_S)
         return []
