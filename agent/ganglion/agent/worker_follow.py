@@ -48,7 +48,8 @@ class Follower:
         self._step = step.step
         executor = self._runner.executor
         keeps = [Keep(one.session, one.first, tuple(one.blocks)) for one in step.keeps]
-        executor.prepare(keeps, step.closed, [Begin(one.session, tuple(one.blocks)) for one in step.begins])
+        begins = [Begin(one.session, tuple(one.blocks), one.prompt_tokens) for one in step.begins]
+        executor.prepare(keeps, step.closed, begins)
         for session in step.closed:
             self._adjustments.pop(session, None)
         self._draws = [self._draw(entry) for entry in step.entries if entry.HasField("draw")]

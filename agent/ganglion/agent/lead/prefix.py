@@ -114,7 +114,7 @@ class PrefixCache:
         blocks = min((len(prompt) - 1) // BLOCK, self._index.capacity)
         found = self._index.find(self._chains[session].keys(prompt, blocks))
         if found:
-            self._begins.append(Begin(session, tuple(found)))
+            self._begins.append(Begin(session, tuple(found), len(prompt)))
         self._seen[session] = len(found)
         return len(found) * BLOCK
 
