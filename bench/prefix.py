@@ -142,11 +142,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--kept-only", action="store_true", help="no rounds with nothing kept")
     parser.add_argument("--options", default="--format int4 --fast", help="of `ganglion run`")
     chosen = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(demo_path("demo") / "tokenizer.json"))
     vocab = tokenizer.get_vocab_size()
     results: dict[str, list[dict[str, Any]]] = {}
+    fixed: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory(prefix="ganglion-bench-", dir=chosen.work) as scratch:
         work = Path(scratch)
         checkpoint = demo_path("demo")
@@ -158,7 +160,10 @@ def main() -> None:
             cluster.gateway()
             until("measured", lambda: cluster.alive() == ["whole"])
             talks = {}
-            for name, more in (("kept", ()), ("nothing kept", ("--prefix-tokens", "0"))):
+            kinds: dict[str, tuple[str, ...]] = {"kept": (), "nothing kept": ("--prefix-tokens", "0")}
+            if chosen.kept_only:
+                del kinds["nothing kept"]
+            for name, more in kinds.items():
                 model = name.replace(" ", "-")
                 options = [*chosen.options.split(), "--context", str(chosen.context), "--sessions", "1", *more]
                 cluster.cli("run", str(checkpoint), "--name", model, *options, timeout_s=900)
@@ -169,8 +174,10 @@ def main() -> None:
                     for kind, run in (("ids", ids_round), ("text", text_round)):
                         dice = random.Random(f"{number} {kind}")
                         found = run(talk, dice, chosen.tokens, vocab if kind == "ids" else tokenizer)  # type: ignore[operator]
+                        print(f"{name}, {kind}: {found}", file=sys.stderr, flush=True)
                         results.setdefault(f"{name}, {kind}", []).append(found)
-            fixed = fixed_ms(talks["kept"], random.Random("fixed"), chosen.tokens, vocab)
+                fixed.append(fixed_ms(talks["kept"], random.Random(f"{number} fixed"), chosen.tokens, vocab))
+                print(f"kept whole: {fixed[-1]}", file=sys.stderr, flush=True)
     table = Table("what", "first turn, ms", "second turn, ms", "ratio", "tokens", "cached")
     for name, rounds in results.items():
         middle = {key: statistics.median(each[key] for each in rounds) for key in ("first_ms", "second_ms", "ratio")}

@@ -51,7 +51,7 @@ class Follower:
         self._step = step.step
         executor = self._runner.executor
         keeps = [Keep(one.session, one.first, tuple(one.blocks)) for one in step.keeps]
-        begins = [Begin(one.session, tuple(one.blocks)) for one in step.begins]
+        begins = [Begin(one.session, tuple(one.blocks), one.prompt_tokens) for one in step.begins]
         executor.prepare(keeps, (*step.closed, *step.put_back), begins)
         for session in step.closed:
             self._adjustments.pop(session, None)

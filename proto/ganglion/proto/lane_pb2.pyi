@@ -96,12 +96,14 @@ class KeepBlocks(_message.Message):
     def __init__(self, session: _Optional[int] = ..., first: _Optional[int] = ..., blocks: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class BeginWithBlocks(_message.Message):
-    __slots__ = ("session", "blocks")
+    __slots__ = ("session", "blocks", "prompt_tokens")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     session: int
     blocks: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, session: _Optional[int] = ..., blocks: _Optional[_Iterable[int]] = ...) -> None: ...
+    prompt_tokens: int
+    def __init__(self, session: _Optional[int] = ..., blocks: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class StepEntry(_message.Message):
     __slots__ = ("session", "start", "count", "draw")

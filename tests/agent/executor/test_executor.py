@@ -255,10 +255,10 @@ def test_f3_logits_after_kept_blocks_are_those_of_a_whole_run(cuts, shape, weigh
         together = cut.executors(shares, chunk=96, prefix_tokens=96)
         together.sequence(ids[:33], [33], 1)
         for one in together.executors:
-            one.prepare([Keep(1, 0, (2,))], [1], [Begin(2, (2,))])
+            one.prepare([Keep(1, 0, (2,))], [1], [Begin(2, (2,), 67)])
         assert np.array_equal(together.step([(2, 32, 35)], ids[32:67]), expected[32:67])
         for one in together.executors:
-            one.prepare([Keep(2, 1, (0,))], [2], [Begin(3, (2, 0))])
+            one.prepare([Keep(2, 1, (0,))], [2], [Begin(3, (2, 0), 89)])
             assert (one.sessions, one.kv_bytes > 0) == (1, one._shard.segments[0].groups > 0)
         assert np.array_equal(together.step([(3, 64, 25)], ids[64:]), expected[64:])
 
@@ -275,18 +275,19 @@ def test_blocks_that_no_lead_names_are_refused(cuts):
         ([Keep(1, 2**40, (0,))], [], "60 tokens"),
         ([Keep(1, 0, ())], [], "blocks 0..0"),
         ([Keep(9, 0, (0,))], [], "session 9"),
-        ([], [Begin(2, (0,))], "block 0 holds nothing"),
-        ([], [Begin(2, (4,))], "block 4 holds nothing"),
-        ([], [Begin(2, (1,) * 4)], "128 tokens"),
-        ([], [Begin(2, ())], "0 tokens"),
-        ([], [Begin(1, (1,))], "session 1"),
+        ([], [Begin(2, (0,), 50)], "block 0 holds nothing"),
+        ([], [Begin(2, (4,), 50)], "block 4 holds nothing"),
+        ([], [Begin(2, (1,) * 3, 128)], "96 tokens of a prompt of 128"),
+        ([], [Begin(2, (1,) * 2, 64)], "64 tokens of a prompt of 64"),
+        ([], [Begin(2, (), 50)], "0 tokens"),
+        ([], [Begin(1, (1,), 50)], "session 1"),
     ):
         with pytest.raises(ProtocolViolation, match=words):
             executor.prepare(keeps, [], begins)
         executor.close(2)
-    executor.prepare([], [], [Begin(2, (1, 1, 1))])
+    executor.prepare([], [], [Begin(2, (1, 1, 1), 97)])
     with pytest.raises(Exhausted, match="2 sessions"):
-        executor.prepare([], [], [Begin(3, (1,))])
+        executor.prepare([], [], [Begin(3, (1,), 50)])
     assert np.array_equal(executor._prefixes._blocks[1], kept)
     assert list(executor._prefixes._blocks) == [1]
 

@@ -114,11 +114,11 @@ class Executor:
         for session in closed:
             self.close(session)
         for begin in begins:
-            tokens = len(begin.blocks) * PREFIX_BLOCK_TOKENS
-            if self._ledger.get(begin.session) is not None or not 0 < tokens < self._plan.context:
-                raise ProtocolViolation(f"session {begin.session} begins with {tokens} tokens of its prompt")
+            tokens, prompt = len(begin.blocks) * PREFIX_BLOCK_TOKENS, begin.prompt_tokens
+            if self._ledger.get(begin.session) is not None or not 0 < tokens < prompt < self._plan.context:
+                raise ProtocolViolation(f"session {begin.session} begins with {tokens} tokens of a prompt of {prompt}")
             state = self._open(begin.session)
-            self._ledger.reserve(state, tokens)
+            self._ledger.reserve(state, prompt)
             self._prefixes.copy_to(state, begin.blocks)
 
     def _held(self, session: int) -> SessionState:

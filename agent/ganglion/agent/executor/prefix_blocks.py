@@ -28,10 +28,11 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """Open a session with the blocks of these numbers as its first tokens."""
+    """Open a session with the blocks of these numbers as its first tokens, and room for `prompt_tokens`."""
 
     session: int
     blocks: tuple[int, ...]
+    prompt_tokens: int
 
 
 class PrefixBlocks:

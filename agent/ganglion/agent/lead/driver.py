@@ -231,7 +231,10 @@ class Lead:
             put_back=step.put_back,
             role=to_number(step.role),
             keeps=[lane_pb2.KeepBlocks(session=one.session, first=one.first, blocks=one.blocks) for one in keeps],
-            begins=[lane_pb2.BeginWithBlocks(session=one.session, blocks=one.blocks) for one in begins],
+            begins=[
+                lane_pb2.BeginWithBlocks(session=one.session, blocks=one.blocks, prompt_tokens=one.prompt_tokens)
+                for one in begins
+            ],
         )
         same = None if any(one.newer for one in drawing) else _announcement(told, step, drawing, None, self._vocab)
         for rank, lane in self._lanes.items():

@@ -66,8 +66,12 @@ class _Run:
 
     @property
     def lent(self) -> int:
-        """Tokens of key-value state, the row that an exact class writes beyond the others among them."""
-        return capacity_for(self.held + 1) if self.held else 0
+        """Tokens of key-value state: room for the prompt at once, and for the row that an exact class writes beyond."""
+        return self.needed(0) if self.held else 0
+
+    def needed(self, more: int) -> int:
+        """Tokens of key-value state that it is lent when `more` rows have run."""
+        return capacity_for(max(self.held + more, self.prompt) + 1)
 
     def waiting(self, role: Role) -> int:
         """Rows that wait to be run now, of this role."""
@@ -223,7 +227,7 @@ class Scheduler:
 
     def _lend(self, run: _Run, count: int, draft: _Draft) -> bool:
         """Make room for `count` more rows; False when the run itself is put back for it."""
-        wanted = capacity_for(run.held + count + 1)
+        wanted = run.needed(count)
         while sum(one.lent for one in self._active.values()) - run.lent + wanted > self._kv_tokens:
             free = [one for one in self._active.values() if one.held and one not in draft.runs]
             last = max((*free, run), key=lambda one: one.admitted)
