@@ -22,14 +22,15 @@ async def decide(line: Admin, wish: Wish, found: Source | None) -> Wish:
     """The wish with its format chosen and the reason said, where that is wanted and the checkpoint is at hand."""
     if wish.weights != "auto":
         return wish
-    if found is None:  # known by name only: whatever it is cut in
-        return replace(wish, weights=None)
     from ganglion.partitioner.format_choice import choose_format, figures_of, workload_of
 
+    workload = workload_of(wish.workload)
+    if found is None:  # known by name only: whatever it is cut in
+        return replace(wish, weights=None)
     figures = figures_of(found.path, fast=wish.fast, small_bytes=SMALL_CHECKPOINT_BYTES)
     devices = alive_devices((await line.fleet()).devices, private=wish.options.private)
     named = [one for one in devices if {one.name, one.node_id} & set(wish.options.devices)]
-    chosen = choose_format(figures, named or devices, workload_of(wish.workload))
+    chosen = choose_format(figures, named or devices, workload)
     output.say(f"format: {chosen.format}: {chosen.reason}")
     return replace(wish, weights=chosen.format, reason=chosen.reason)
 
