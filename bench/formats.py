@@ -1,7 +1,8 @@
 """What formats cost: `python bench/formats.py [--work FOLDER] [--formats int4 int4-fast int8 mixed] [--chunk N]`.
 
 A worker's executor in this process, without lanes and sampling: milliseconds of a prompt in steps of at most `--chunk`
-rows, and of a decoded token after it. All formats are loaded at once and measured by turns; medians over rounds.
+rows, and of a decoded token after it. All formats are loaded at once and measured by turns; medians over rounds. On a
+busy machine `--threads 1 --cpu` counts the seconds of the processor instead of those of the wall.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when it is loaded
@@ -29,7 +31,9 @@ from ganglion.agent.roles import Role  # noqa: E402
 from ganglion.agent.store import PieceStore  # noqa: E402
 from ganglion.models import demo_path  # noqa: E402
 from ganglion.partitioner.cut import numeric_class, partition  # noqa: E402
-from ganglion.wire.nouns import Manifest, Plan, Range, Share, Stage, digest  # noqa: E402
+from ganglion.partitioner.journal import code_digest  # noqa: E402
+from ganglion.wire.limits import MANIFEST_BYTES  # noqa: E402
+from ganglion.wire.nouns import Manifest, Plan, Range, Share, Stage, digest, from_json, to_json  # noqa: E402
 
 CONTEXT = 2048
 DEVICE = "a" * 26
@@ -74,19 +78,29 @@ class Loaded:
             executor.run(batch, index)
         executor.logits(batch, [count - 1])
 
-    def round(self, prompt: int, tokens: int) -> tuple[float, float]:
+    def round(self, prompt: int, tokens: int, clock: Callable[[], float]) -> tuple[float, float]:
         """(milliseconds of a prompt of so many tokens, of each of so many tokens after it)."""
-        began = time.perf_counter()
+        began = clock()
         for start in range(0, prompt, self.chunk):
             self._step(start, min(self.chunk, prompt - start), "prompt")
-        between = time.perf_counter()
+        between = clock()
         each = []
         for at in range(prompt, prompt + tokens):
-            before = time.perf_counter()
+            before = clock()
             self._step(at, 1, "generated")
-            each.append(time.perf_counter() - before)
+            each.append(clock() - before)
         self.executor.close(1)
         return (between - began) * 1e3, statistics.median(each) * 1e3
+
+
+def cut(checkpoint: Path, store: PieceStore, name: str, work: Path) -> Manifest:
+    """The manifest of a format ("-fast" behind it for a fast class), of an earlier run of this code or cut now."""
+    kept = work / f"{checkpoint.name}-{name}-{code_digest()[:12]}.json"
+    if not kept.exists():
+        weights, _, fast = name.partition("-")
+        kind = numeric_class(checkpoint, weights, fast=bool(fast))  # type: ignore[arg-type]
+        kept.write_bytes(to_json(partition(checkpoint, store, name=name, numeric_class=kind)))
+    return from_json(Manifest, kept.read_bytes(), limit_bytes=MANIFEST_BYTES)
 
 
 def main() -> None:
@@ -100,26 +114,26 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, nargs="+", default=[256])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu", action="store_true", help="count the processor's time; with --threads 1 only")
     chosen = parser.parse_args()
+    clock = time.thread_time if chosen.cpu else time.perf_counter
     with tempfile.TemporaryDirectory(prefix="ganglion-bench-", dir=chosen.work) as scratch:
         work = chosen.work or Path(scratch)
         checkpoint = write_checkpoint(work, chosen.shape, demo_path("demo"))
         store = PieceStore(work / "store")
         loaded = []
         for name in chosen.formats:
-            weights, _, fast = name.partition("-")
-            kind = numeric_class(checkpoint, weights, fast=bool(fast))
-            manifest = partition(checkpoint, store, name=name, numeric_class=kind)
+            manifest = cut(checkpoint, store, name, work)
             loaded += [
                 Loaded(manifest, store, Path(scratch) / f"{name}-{chunk}", chosen.threads, chunk)
                 for chunk in chosen.chunk
             ]
         found: list[list[tuple[float, float]]] = [[] for _ in loaded]
         for one in loaded:
-            one.round(min(64, chosen.prompt), 2)
+            one.round(min(64, chosen.prompt), 2, clock)
         for _ in range(chosen.rounds):
             for one, rounds in zip(loaded, found, strict=True):
-                rounds.append(one.round(chosen.prompt, chosen.tokens))
+                rounds.append(one.round(chosen.prompt, chosen.tokens, clock))
     heads = ("class", "chunk", f"prompt of {chosen.prompt}, ms", "tokens/s", "ms/token", "weights MB", "resident MB")
     table = Table(*heads)
     for one, rounds in zip(loaded, found, strict=True):

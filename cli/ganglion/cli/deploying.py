@@ -32,6 +32,7 @@ class Wish:
     """What a person asked of a deployment; `weights` None and default options: whatever is deployed will do.
 
     block, rules: of the cut, where the format's usual block and the class's own formats are not what was asked for.
+    workload: what the format "auto" is chosen for; reason: why it was, once it is.
     """
 
     weights: str | None = None
@@ -39,12 +40,15 @@ class Wish:
     options: PlanOptions = field(default_factory=PlanOptions)
     block: int | None = None
     rules: Rules | None = None
+    workload: str = "chat"
+    reason: str = ""
 
     @classmethod
     def of(
         cls,
         *,
         weights: str | None,
+        workload: str | None = None,
         fast: bool,
         mode: str,
         devices: str,
@@ -71,7 +75,10 @@ class Wish:
             "mode": mode, "devices": names, "shares": parts, "topology": topology,
             "context": context, "sessions": sessions, "prefix_tokens": prefix_tokens, "private": private,
         }  # fmt: skip
-        return cls(_format(weights), fast, _plan_options(document))
+        if workload is not None and weights not in (None, "auto"):
+            raise InvalidRequest(f"--for {workload} chooses the format, but --format {weights} was asked", param="for")
+        weights = "auto" if workload is not None else weights
+        return cls(_format(weights), fast, _plan_options(document), workload=workload or "chat")
 
     @classmethod
     def weights_only(cls, weights: str | None, *, fast: bool) -> Wish:
@@ -93,12 +100,12 @@ class Wish:
 
     def accepts_class(self, found: NumericClass) -> bool:
         """Whether weights in this class are what was asked for."""
-        return found.exact != self.fast and self.weights in (None, found.format)
+        return found.exact != self.fast and self.weights in (None, found.choice)
 
 
 def weight_formats() -> tuple[str, ...]:
-    """The weight formats of numeric classes."""
-    return get_args(get_type_hints(NumericClass)["format"])
+    """The weight formats of numeric classes, their mixture, and the choice among them."""
+    return (*get_args(get_type_hints(NumericClass)["format"]), "mixed", "auto")
 
 
 def _format(text: str | None) -> str | None:
@@ -147,7 +154,10 @@ def store_home(root: Path) -> Path | None:
 
 async def ensure_ready(root: Path, line: Admin, model: str, *, name: str | None, wish: Wish) -> str:
     """Deploy `model` unless a ready deployment of it will do; its name in the API. Raises GanglionError."""
+    from ganglion.cli.choosing import decide
+
     found = await checkpoint_of(model, name)
+    wish = await decide(line, wish, found)
     wanted = found.name if found else model
     for state in (await line.fleet()).deployments:
         if wanted in (state.model, state.deployment) and wish.accepts(state) and is_of(state, found):
@@ -206,7 +216,12 @@ def cut(root: Path, home: Path, source: Source, *, wish: Wish) -> Manifest:
     from ganglion.partitioner.classes import NO_RULES, numeric_class
     from ganglion.partitioner.cut import partition
 
-    weights: Any = wish.weights or default_weights(source.path)  # one of the formats of the noun
+    weights: Any = wish.weights or default_weights(source.path)  # one of the formats that there are
+    if weights == "auto":
+        raise InvalidRequest(
+            "--format auto chooses by what was measured of the devices: use it with `ganglion run` or `ganglion plan`",
+            param="format",
+        )
     rules = wish.rules or NO_RULES
     numeric = numeric_class(source.path, weights, fast=wish.fast, block=wish.block, rules=rules)
     store = PieceStore(home / "store")

@@ -99,8 +99,18 @@ FormatOption = Annotated[
     str | None,
     typer.Option(
         "--format",
-        help="Weights: fp32, fp16, int8 or int4. Default: as deployed, else the source's own blocks, else fp32 up to "
-        "256 MiB, int4 above.",
+        help="Weights: fp32, fp16, int8, int4, mixed (prompts in int8, answers in int4: both are held) or auto (by what"
+        " was measured of the devices, see --for). Default: as deployed, else the source's own blocks, else fp32 up to"
+        " 256 MiB, int4 above.",
+        show_default=False,
+    ),
+]
+ForOption = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        help="What --format auto chooses for: chat, one stream at a time; batch, many; draft, answers without prompts."
+        " Default: chat.",
         show_default=False,
     ),
 ]

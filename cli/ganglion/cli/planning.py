@@ -14,6 +14,7 @@ from ganglion.cli.options import (
     DevicesOption,
     FastOption,
     FormatOption,
+    ForOption,
     HomeOption,
     JsonOption,
     ModelArgument,
@@ -40,6 +41,7 @@ async def plan(
     ] = False,
     name: NameOption = None,
     weights: FormatOption = None,
+    workload: ForOption = None,
     fast: FastOption = False,
     mode: ModeOption = "auto",
     devices: DevicesOption = "",
@@ -55,6 +57,7 @@ async def plan(
     """Show how a model would be run, without running it. Exit code 6 when no set of devices can hold it."""
     from ganglion.cli import views
     from ganglion.cli.admin import admin
+    from ganglion.cli.choosing import decide
     from ganglion.cli.deploying import Wish, local_agent, manifest_for, request_of
     from ganglion.cli.sourcing import checkpoint_of
     from ganglion.proto import admin_pb2
@@ -63,7 +66,7 @@ async def plan(
     from ganglion.wire.nouns import PlanReport, from_json, to_json
 
     wish = Wish.of(
-        weights=weights, fast=fast, mode=mode, devices=devices, shares=shares, topology=topology,
+        weights=weights, workload=workload, fast=fast, mode=mode, devices=devices, shares=shares, topology=topology,
         context=context, sessions=sessions, prefix_tokens=prefix_tokens, private=private,
     )  # fmt: skip
     root = root_of(home)
@@ -73,10 +76,11 @@ async def plan(
         if found is None and deployed:
             request = admin_pb2.DeployRequest(manifest=deployed[0].manifest, options=to_json(wish.options))
         else:
+            wish = await decide(line, wish, found)
             manifest = await manifest_for(root, line, model, found, wish)
             request = request_of(manifest, wish.options, local_agent(root))
         report = from_json(PlanReport, (await line.explain(request)).report, limit_bytes=REPORT_BYTES)
-    document = json.loads(to_json(report))
+    document = json.loads(to_json(report)) | ({"format_reason": wish.reason} if wish.reason else {})
     if as_json:
         output.answer_json(document)
     else:

@@ -33,7 +33,7 @@ async def quantize(
     model: Annotated[
         str, typer.Argument(help="`demo`, a folder or GGUF file with a checkpoint, or a repository of the hub.")
     ],
-    weights: Annotated[str, typer.Option("--format", help="Weights: fp32, fp16, int8 or int4.")] = "int4",
+    weights: Annotated[str, typer.Option("--format", help="Weights: fp32, fp16, int8, int4 or mixed.")] = "int4",
     block: Annotated[
         int | None,
         typer.Option(
@@ -106,6 +106,12 @@ async def quantize(
     source = await checkpoint_of(model)
     if source is None:
         raise NotFound(f"{model!r} is no folder, no GGUF file and no embedded model", param="model")
+    if report and weights == "mixed":
+        raise InvalidRequest(
+            "--report: mixed runs prompts in int8 and answers in int4, and the text to measure on is neither; report"
+            " int8 and int4 one by one (exceptions hold for both)",
+            param="format",
+        )
     rules = _rules(exceptions, rounding)
     chosen: Any = weights
     numeric = numeric_class(source.path, chosen, fast=fast, block=block, rules=rules)

@@ -16,6 +16,7 @@ from ganglion.cli.options import (
     DevicesOption,
     FastOption,
     FormatOption,
+    ForOption,
     HomeOption,
     ModelArgument,
     ModeOption,
@@ -61,6 +62,7 @@ async def run(
     ] = False,
     name: NameOption = None,
     weights: FormatOption = None,
+    workload: ForOption = None,
     fast: FastOption = False,
     mode: ModeOption = "auto",
     devices: DevicesOption = "",
@@ -81,7 +83,7 @@ async def run(
     text = sys.stdin.read() if prompt == "-" else prompt
     root = root_of(home)
     wish = Wish.of(
-        weights=weights, fast=fast, mode=mode, devices=devices, shares=shares, topology=topology,
+        weights=weights, workload=workload, fast=fast, mode=mode, devices=devices, shares=shares, topology=topology,
         context=context, sessions=sessions, prefix_tokens=prefix_tokens, private=private,
     )  # fmt: skip
     async with admin(root) as line:

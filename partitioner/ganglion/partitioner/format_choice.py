@@ -200,7 +200,7 @@ def _reason(best: _Way, ways: Mapping[Choice, _Way], short: Mapping[Choice, str]
     if best.format == "int8":
         told = [f"{way.seconds / best.seconds:.1f} times as fast as {way.format}" for way in others]
         streams = f"{of.streams} at once" if of.streams > 1 else "one at a time"
-        return ", ".join([streams, *told, f"{best.memory} on {best.device.name}"])
+        return "; ".join([*short.values(), ", ".join([streams, *told]), f"{best.memory} on {best.device.name}"])
     told = [f"{way.format} would take {way.seconds / best.seconds:.2f} times as long" for way in others]
     return "; ".join([*short.values(), *told]) + f"; {best.memory} on {best.device.name}"
 

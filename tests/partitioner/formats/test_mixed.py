@@ -13,6 +13,7 @@ from reference_runner import Runner, cut_evenly
 from ganglion.partitioner.checkpoint import open_checkpoint
 from ganglion.partitioner.classes import CHOICES, lay_out
 from ganglion.partitioner.cut import numeric_class, partition
+from ganglion.partitioner.format_choice import figures_of
 from ganglion.partitioner.quantize import Rules, parse_format
 from ganglion.partitioner.sink import DirectorySink
 from ganglion.wire.errors import InvalidDocument, InvalidRequest, Unsupported
@@ -122,3 +123,6 @@ def test_a_mixture_of_experts_is_refused_with_the_way_out(tmp_path: Path) -> Non
     path = make_mixture(tmp_path, shape=SHAPES["olmoe"])
     with pytest.raises(Unsupported, match="mixture of experts"):
         numeric_class(path, "mixed")
+    figures = figures_of(path, fast=False, small_bytes=0)
+    assert set(figures.classes) == {"int4", "int8"}
+    assert figures.active_numbers < figures.layer_numbers

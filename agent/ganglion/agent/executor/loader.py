@@ -188,9 +188,8 @@ class _Loader:
         name = f"{part.segment.kind}/{part.share.count}"
         pieces, ends = self._manifest.graphs.get(name), _ends(part)
         if pieces is None or len(pieces) != len(ends):
-            found = len(pieces or ())
             raise InvalidDocument(
-                f"manifest {self._manifest.name}: {found} graphs {name!r}, the plan needs {len(ends)}"
+                f"manifest {self._manifest.name}: {len(pieces or ())} graphs {name!r}, the plan needs {len(ends)}"
             )
         folder = self._folder / part.name
         folder.mkdir(mode=0o700, parents=True)
