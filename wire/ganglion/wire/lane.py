@@ -82,7 +82,7 @@ class Message:
 
 
 class Lane:
-    """One end of a lane. `sealing_s` adds up the seconds spent sealing and opening.
+    """One end of a lane. `sealing_s` adds up the seconds spent sealing and opening, `sent_bytes` and `received_bytes` frames.
 
     Every method raises DeviceLost when the peer is gone (at once, also while waiting), the peer's own error when it
     ended the lane with one, and ProtocolViolation for a frame that the step did not announce; after any of these the
@@ -103,6 +103,7 @@ class Lane:
         self.own_rank = own_rank
         self.peer_rank = peer_rank
         self.sealing_s = 0.0
+        self.sent_bytes = self.received_bytes = 0
         self._stream = stream
         self._sealer = conversation.sealer
         self._opener = conversation.opener
@@ -142,6 +143,7 @@ class Lane:
         started = time.perf_counter()
         message = header + self._sealer.seal(header, payload)
         self.sealing_s += time.perf_counter() - started
+        self.sent_bytes += len(message)
         if len(message) > _DIRECT_WRITE_BYTES:
             self._writing = asyncio.ensure_future(write_message(self._stream, message, self._who))
             await asyncio.sleep(0)
@@ -211,6 +213,7 @@ class Lane:
         except BaseException:  # a cancelled wait too: gRPC ends the call with it
             self._end()
             raise
+        self.received_bytes += len(message)
         if self._writing is not None and self._writing.done():
             await self._written()
         return message
