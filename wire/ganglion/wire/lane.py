@@ -82,7 +82,7 @@ class Message:
 
 
 class Lane:
-    """One end of a lane. `sealing_s` adds up the seconds spent sealing and opening, `sent_bytes` and `received_bytes` frames.
+    """One end of a lane. `sealing_s` adds up the seconds spent sealing and opening; bytes are of frames and their tags.
 
     Every method raises DeviceLost when the peer is gone (at once, also while waiting), the peer's own error when it
     ended the lane with one, and ProtocolViolation for a frame that the step did not announce; after any of these the

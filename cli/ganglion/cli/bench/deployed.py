@@ -87,6 +87,7 @@ async def deployed(
     """
     fleet = await line.fleet()
     ready = [state for state in fleet.deployments if state.phase == READY]
+    chosen: admin_pb2.DeploymentState | None
     if model is None:
         found, chosen = None, _only(ready, wish)
     else:
