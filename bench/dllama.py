@@ -75,7 +75,7 @@ def _order(model: Any) -> Iterator[tuple[str, int, bool]]:
 
 
 def write_tokenizer(path: Path, vocab: int) -> Path:
-    """Write a tokenizer of bytes and of numbered tokens: a prompt of n letters is n tokens and the one that begins it."""
+    """Write a tokenizer of bytes and of numbered tokens: n letters are n tokens, after the one that begins them."""
     tokens = [bytes([byte]) for byte in range(1, 256)]
     tokens += [f"<{number}>".encode() for number in range(len(tokens), vocab)]
     values = {

@@ -63,7 +63,7 @@ def _listens(port: int) -> bool:
 
 
 class LlamaRpc(LlamaBench):
-    """llama-bench over `count` rpc servers of one thread each on loopback; it gives them layers (or, `tensor`, parts)."""
+    """llama-bench over `count` rpc servers of one thread each on loopback; they get layers (mode `tensor`: parts)."""
 
     def __init__(self, folder: Path, converted: Converted, count: int = 2, mode: str = "layer") -> None:
         self._servers = Servers()
@@ -86,7 +86,7 @@ class LlamaRpc(LlamaBench):
 
 
 class DistributedLlama:
-    """`dllama inference` with one worker: two processes of one thread each, tensor parallel, Q40 with Q80 between them."""
+    """`dllama inference` with one worker: two processes of one thread each, tensor parallel, Q40, Q80 between them."""
 
     def __init__(self, folder: Path, converted: Converted, context: int) -> None:
         self._program, self._context = program(folder, "dllama"), context
@@ -115,8 +115,8 @@ class DistributedLlama:
             servers.start(str(self._program), "worker", "--port", str(port), "--nthreads", "1", port=port)
             command = [
                 str(self._program), "inference", "--model", str(self._model), "--tokenizer", str(self._tokenizer),
-                "--buffer-float-type", "q80", "--prompt", "x" * prompt, "--steps", str(prompt + tokens), "--nthreads", "1",
-                "--workers", f"127.0.0.1:{port}", "--max-seq-len", str(self._context), "--temperature", "0",
+                "--buffer-float-type", "q80", "--prompt", "x" * prompt, "--steps", str(prompt + tokens), "--nthreads",
+                "1", "--workers", f"127.0.0.1:{port}", "--max-seq-len", str(self._context), "--temperature", "0",
             ]  # fmt: skip
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=RUN_S, check=False)
         except subprocess.TimeoutExpired as error:
