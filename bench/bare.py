@@ -25,7 +25,7 @@ import onnxruntime as ort
 from ganglion.agent.store import PieceStore
 from ganglion.wire.limits import MANIFEST_BYTES
 from ganglion.wire.nouns import WEIGHTS_FILE, Manifest, PieceRef, Range, Segment, from_json
-from ganglion.wire.shares import write_weights
+from ganglion.wire.shares import weights_size, write_weights
 
 PieceFile = Callable[[str], Path]
 PROMPT = "5,17,3,200,41,99,7,12"
@@ -144,8 +144,9 @@ class Bare:
     def _open(self, folder: Path, segment: Segment) -> ort.InferenceSession:
         folder.mkdir(parents=True, exist_ok=True)
         weights, part = folder / WEIGHTS_FILE, self._range(segment.groups)
-        with weights.open("wb") as file:
-            write_weights(segment, part, lambda digest: memoryview(np.memmap(self._piece_file(digest))), file)
+        if not weights.exists() or weights.stat().st_size != weights_size(segment, part):
+            with weights.open("wb") as file:
+                write_weights(segment, part, lambda digest: memoryview(np.memmap(self._piece_file(digest))), file)
         graph = folder / "graph.onnx"
         graph.write_bytes(self._piece_file(self.manifest.graphs[f"{segment.kind}/{part.count}"].digest).read_bytes())
         options = ort.SessionOptions()
@@ -159,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("manifest", type=Path)
     parser.add_argument("store", type=Path, help="the store folder of the agent that holds the pieces")
-    parser.add_argument("folder", type=Path, help="where weights are put together")
+    parser.add_argument("folder", type=Path, help="where weights are put together, and found again")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--share", default="0/1", help="which part of the model, as in 0/2")

@@ -68,8 +68,9 @@ class BareLoop:
         """Its processes end with each figure."""
 
     def _start(self, index: int, prompt: Sequence[int], steps: int) -> subprocess.Popen[str]:
+        folder = self._work / f"{index}-{self._shares}"
         command = [
-            sys.executable, str(BARE), str(self._manifest), str(self._store), str(self._work / f"{index}-{self._shares}"),
+            sys.executable, str(BARE), str(self._manifest), str(self._store), str(folder),
             "--threads", str(self._threads), "--tokens", str(steps), "--rows", str(self._rows), "--wait",
             "--share", f"{index}/{self._shares}", "--prompt", ",".join(map(str, prompt)),
         ]  # fmt: skip

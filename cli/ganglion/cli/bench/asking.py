@@ -64,6 +64,8 @@ class Asker:
     async def ask(self, prompt: Sequence[int], tokens: int) -> Timed:
         """An answer of exactly `tokens`; raises ProtocolViolation for another length, and what the API says."""
         timed = await self.collect(prompt, tokens, Timed())
+        if not timed.timings:
+            raise ProtocolViolation(f"the API of {self.model} gives no timings: it is of another release")
         if len(timed.ids) != tokens:
             raise ProtocolViolation(f"{self.model} gave {len(timed.ids)} tokens of {tokens} that were asked for")
         return timed

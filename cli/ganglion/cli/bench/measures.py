@@ -14,7 +14,7 @@ from ganglion.wire.errors import InvalidRequest
 
 MEASURES: Final = ("decode", "prefill", "concurrent", "arrivals", "second-turn", "memory")
 SHARED: Final = ("decode", "prefill")  # what competitors are measured by too
-PARTS: Final = ("queue_s", "compute_s", "exchange_s", "seal_s", "sample_s", "other_s", "wall_s")
+PARTS: Final = ("queue_s", "compute_s", "exchange_s", "seal_s", "sample_s", "other_s", "wall_s")  # by the lead
 SHORT: Final = 8  # tokens of the prompt before tokens are counted
 ADDED: Final = 16  # tokens that a second turn adds
 QUIET: Final = 16  # tokens of a running stream before prompts arrive
@@ -90,9 +90,10 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Decoded:
-    """One round of decoding. `account_s` and `wire_bytes` are of a token after the first, by the lead's own account.
+    """One round of decoding. `account_s` and `wire_bytes` are of a token, by the lead's own account.
 
-    `ids`: None where what was measured does not say them. `joules`: of the whole answer, None where not readable.
+    account_s: the prompt's part included; `api_s` is what the lead does not see: gateway, HTTP, this program. ids: None
+    where what was measured does not say them. joules: of the whole answer, None where not readable.
     """
 
     tpot_s: float
@@ -105,10 +106,11 @@ class Decoded:
 
 
 async def decode(asker: Asker, drawn: Drawn, tokens: int, meter: Meter) -> Decoded:
-    """One token of one prompt, then `tokens` of another: the difference is what the tokens after the first cost.
+    """One token of one prompt, for the time to it, then `tokens` of another.
 
-    The moments at which a stream's tokens come would not do for that: a first token that is held up until more have
-    been drawn makes the rest look quick.
+    A token costs what of the second request is left without the lead's own time to its first token, HTTP both ways
+    included. The moments at which a stream's tokens come would not do: a first one that is held up until more have been
+    drawn makes the rest look quick.
     """
     one = await asker.ask(drawn.first, 1)
     meter.start()
@@ -116,19 +118,15 @@ async def decode(asker: Asker, drawn: Drawn, tokens: int, meter: Meter) -> Decod
         whole = await asker.ask(drawn.short, tokens)
     finally:
         joules = meter.stop()
-    spent: dict[str, float] = {
-        part: (float(whole.timings[part]) - float(one.timings[part])) / (tokens - 1)
-        for part in (*PARTS, "sent_bytes", "received_bytes")
-        if part in whole.timings and part in one.timings
-    }
-    wire = [spent.pop(name) for name in ("sent_bytes", "received_bytes") if name in spent]
+    spent = {part: float(whole.timings[part]) / tokens for part in PARTS}
+    wire = sum(int(whole.timings[name]) - int(one.timings[name]) for name in ("sent_bytes", "received_bytes"))
     return Decoded(
-        tpot_s=(whole.at_s[-1] - one.at_s[-1]) / (tokens - 1),
+        tpot_s=(whole.at_s[-1] - float(whole.timings["ttft_s"])) / (tokens - 1),
         ids=whole.ids,
         ttft_s=one.ttft_s,
         gaps_s=tuple(whole.gaps_s),
-        account_s=spent,
-        wire_bytes=sum(wire) if wire else None,
+        account_s=spent | {"api_s": whole.at_s[-1] / tokens - spent["wall_s"]},
+        wire_bytes=wire / (tokens - 1),
         joules=joules,
     )
 

@@ -81,14 +81,14 @@ def _second_turn(found: Collected) -> dict[str, Any] | None:
 
 
 def _account(found: Collected) -> dict[str, Any] | None:
-    """By part, of a token after the first; `api` is what is left of ms_per_token: gateway, HTTP, this program."""
+    """By part, of a token with its part of the prompt; `wall` is their sum but for `api`, which the lead does not see."""
     rounds = [each for each in found.decode if each.account_s]
     if not rounds:
         return None
-    parts = {
-        part.removesuffix("_s"): Spread.of([each.account_s[part] * 1e3 for each in rounds]).median for part in PARTS
+    return {
+        part.removesuffix("_s"): Spread.of([each.account_s[part] * 1e3 for each in rounds]).median
+        for part in (*PARTS, "api_s")
     }
-    return parts | {"api": Spread.of([(each.tpot_s - each.account_s["wall_s"]) * 1e3 for each in rounds]).median}
 
 
 def _joules(found: Collected) -> dict[str, Any] | None:
