@@ -145,6 +145,7 @@ class Bench:
             "seed": asked.seed,
             "ours": found,
             "to_first": [_to_first(ours[0], each) for each in ours[1:]],
+            "ceilings": _ceilings(runner.theirs),
             "against": [[report.against_document(each, theirs) for theirs in runner.theirs] for each in ours],
             "missing": self.missing,
             "checks": runner.checks + _same_as_bare(ours, runner.theirs),
@@ -170,6 +171,18 @@ def _to_first(first: Ours, other: Ours) -> dict[str, Any]:
         return {"name": other.name, "first": first.name, "decode": None}
     rates = [Spread.of([1 / each.tpot_s for each in one.found.decode]) for one in (other, first)]
     return {"name": other.name, "first": first.name, "decode": ratios(*rates).document}
+
+
+def _ceilings(theirs: Sequence[Theirs]) -> list[dict[str, Any]]:
+    """How many times as fast shares are that never exchange as the whole loop, of each round."""
+    found = {each.rival.about.name: each for each in theirs}
+    document = []
+    for name, each in found.items():
+        whole = found.get(name.replace("2 shares, no exchange", "bare loop"))
+        if whole is not None and whole is not each:
+            rates = [Spread.of([1 / one.tpot_s for one in of.found.decode]) for of in (each, whole)]
+            document.append({"name": name, "first": whole.rival.about.name, "decode": ratios(*rates).document})
+    return document
 
 
 def _same_as_bare(ours: Sequence[Ours], theirs: Sequence[Theirs]) -> list[str]:
@@ -200,7 +213,7 @@ def show(document: dict[str, Any]) -> None:
         if rows:
             output.answer_table(report.AGAINST_COLUMNS, rows, empty="")
     output.answer("")
-    for each in document["to_first"]:
+    for each in (*document["to_first"], *document["ceilings"]):
         if each["decode"]:
             spread = Spread.of(each["decode"]["rounds"])
             output.answer(f"{each['name']} is {spread.shown(2)} times as fast as {each['first']}")
@@ -278,9 +291,10 @@ def sessions(bench: Bench) -> dict[str, Any]:
 
 def chat(bench: Bench) -> dict[str, Any]:
     start(bench, ("whole", bench.chosen.threads))
-    bench.chosen.context = max(bench.chosen.context, 4096)
-    bench.deploy("int8-fast", bench.cut(INT8_FAST), mode="single")
-    return bench.run(("second-turn", "arrivals"), turn=1000, arriving=2048, arrivals=1)
+    manifest = bench.cut(INT8_FAST)
+    context = min(4096, manifest.geometry.context)
+    bench.deploy("int8-fast", manifest, mode="single", context=context)
+    return bench.run(("second-turn", "arrivals"), turn=1000, arriving=min(2048, context - 1), arrivals=1)
 
 
 def over_link(bench: Bench) -> dict[str, Any]:
@@ -341,7 +355,10 @@ def main() -> None:
         cluster = stack.enter_context(Cluster(scratch / "cluster"))
         cluster.coordinator(*bind)
         cluster.gateway()
-        document = PARTS[chosen.part](Bench(cluster, chosen.work, chosen, stack))
+        try:
+            document = PARTS[chosen.part](Bench(cluster, chosen.work, chosen, stack))
+        except GanglionError as error:
+            raise SystemExit(f"bench/fast.py: {error.message}") from error
     print(json.dumps(document))
 
 

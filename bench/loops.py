@@ -22,7 +22,8 @@ BARE = Path(__file__).with_name("bare.py")
 class BareLoop:
     """`shares` processes of `threads` threads each, over the manifest `digest` in `store`; a step is `rows` tokens.
 
-    One share's tokens are the model's; of several the time is the mean of all and there are no tokens.
+    One share's tokens are the model's; of several the time is the mean of all and there are no tokens. The time of a
+    window counts as that of its tokens, as if all of them were kept.
     """
 
     def __init__(self, store: Path, digest: str, work: Path, *, threads: int, shares: int = 1, rows: int = 1) -> None:
@@ -42,7 +43,7 @@ class BareLoop:
         )
 
     def decode(self, prompt: Sequence[int], tokens: int) -> Decoded:
-        """The time is of a step."""
+        """`tokens` steps, of windows as many as they make."""
         steps = tokens if self._rows == 1 else max(4, tokens // self._rows)
         running = [self._start(index, prompt, steps) for index in range(self._shares)]
         try:
@@ -59,7 +60,7 @@ class BareLoop:
                 process.kill()
                 process.wait()
         ids = list(found[0]["ids"]) if self._shares == self._rows == 1 else None
-        return Decoded(tpot_s=sum(one["ms"] for one in found) / len(found) / 1e3, ids=ids)
+        return Decoded(tpot_s=sum(one["ms"] for one in found) / len(found) / 1e3 / self._rows, ids=ids)
 
     def prefill(self, prompt: Sequence[int]) -> float:
         raise Unavailable("the bare loop runs no prompts")

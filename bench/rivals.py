@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dllama import write_model, write_tokenizer
@@ -77,6 +78,7 @@ class LlamaRpc(LlamaBench):
             hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
             extra = ("--rpc", hosts, "-ngl", "99", "-sm", mode)
             super().__init__(folder, model, "Q4_0", bits, 1, name=name, extra=extra)
+            self.about = replace(self.about, threads=count)
         except BaseException:
             self._servers.close()
             raise

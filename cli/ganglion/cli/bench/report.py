@@ -81,7 +81,7 @@ def _second_turn(found: Collected) -> dict[str, Any] | None:
 
 
 def _account(found: Collected) -> dict[str, Any] | None:
-    """By part, of a token with its part of the prompt; `wall` is their sum but for `api`, which the lead does not see."""
+    """By part, of a token with its part of the prompt; `wall` is the sum of all but `api`, which no lead sees."""
     rounds = [each for each in found.decode if each.account_s]
     if not rounds:
         return None
