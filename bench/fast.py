@@ -11,6 +11,7 @@ any batch, and of the bare loop) are compared, and a difference ends the run. Ru
   sessions  one device: int8, eight sessions at once
   chat      one device: the second turn of a chat, and streams while prompts arrive
   link      two agents of one thread in two network namespaces, joined by bench/link.py; needs root
+  machine   says only what this machine is
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ class Bench:
         async with admin(self.cluster.home) as line:
             fleet = await line.fleet()
         names, states = views.names_of(fleet.devices), {state.model: state for state in fleet.deployments}
-        plain = Sizes(self.chosen.tokens, (), (), 0, 0, 0)
+        plain = Sizes(self.chosen.tokens, (), (), arriving=0, arrivals=0, running=0, turn=0)
         asked = Asked(measures, replace(plain, **sizes), self.chosen.rounds, self.chosen.seed)
         async with httpx.AsyncClient(timeout=600, trust_env=False) as client:
             ours = [
@@ -294,7 +295,7 @@ def chat(bench: Bench) -> dict[str, Any]:
     manifest = bench.cut(INT8_FAST)
     context = min(4096, manifest.geometry.context)
     bench.deploy("int8-fast", manifest, mode="single", context=context)
-    return bench.run(("second-turn", "arrivals"), turn=1000, arriving=min(2048, context - 1), arrivals=1)
+    return bench.run(("second-turn", "arrivals"), turn=1000, arriving=context // 2, arrivals=1, running=context // 2)
 
 
 def over_link(bench: Bench) -> dict[str, Any]:
@@ -327,8 +328,8 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 def main() -> None:
     """Run one part and print tables, then one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--work", type=Path, required=True, help="where checkpoint and converted files are kept")
+    parser.add_argument("part", choices=(*PARTS, "machine"))
+    parser.add_argument("--work", type=Path, help="where checkpoint and converted files are kept")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.2-1b")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=5)
@@ -342,6 +343,11 @@ def main() -> None:
     parser.add_argument("--delay-ms", type=float, default=0.2, help="link: one way")
     parser.add_argument("--mbit", type=float, default=1000.0, help="link: of each direction")
     chosen = parser.parse_args()
+    if chosen.part == "machine":
+        print(machine_line(machine()))
+        return
+    if chosen.work is None:
+        parser.error("--work is needed")
     chosen.work.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cluster-", dir=chosen.work)))

@@ -90,7 +90,7 @@ def test_what_a_context_does_not_hold_is_said_not_shortened_in_silence() -> None
     full = Sizes.of(4096, tokens=64, quick=False)
     assert (full.prompts, full.arriving, full.turn, full.notes) == ((128, 512, 2048), 2048, 1000, ())
     small = Sizes.of(600, tokens=64, quick=False)
-    assert (small.prompts, small.arriving, small.turn) == ((128, 512), 599, 567)
+    assert (small.prompts, small.arriving, small.running, small.turn) == ((128, 512), 599, 592, 567)
     assert [note.split(":")[0] for note in small.notes] == ["prefill 2048", "arrivals", "second-turn"]
     with pytest.raises(InvalidRequest, match=r"--tokens.*--context"):
         Sizes.of(64, tokens=64, quick=True)

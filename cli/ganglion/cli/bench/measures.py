@@ -22,23 +22,28 @@ QUIET: Final = 16  # tokens of a running stream before prompts arrive
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is asked for. `notes`: what was left out, and why."""
+    """How much is asked for. `notes`: what was left out, and why.
+
+    arriving: tokens of each of the `arrivals` prompts that come while streams of at most `running` tokens run; these
+    are ended when the prompts have been answered. turn: tokens of a chat's first turn.
+    """
 
     tokens: int
     prompts: tuple[int, ...]
     sessions: tuple[int, ...]
     arriving: int
     arrivals: int
+    running: int
     turn: int
     notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, context: int, *, tokens: int, quick: bool) -> Sizes:
         """What fits in `context`. Raises InvalidRequest where nothing does."""
-        if SHORT + tokens > context:
+        if max(SHORT + tokens, 4 * ADDED) > context:
             raise InvalidRequest(
-                f"{tokens} tokens after a prompt of {SHORT} do not fit in the deployment's context of {context}: ask "
-                "for fewer with --tokens, or deploy with a larger --context",
+                f"{tokens} tokens after a prompt of {SHORT} do not fit in the deployment's context of {context}, or"
+                f" it holds no {4 * ADDED}: ask for fewer with --tokens, or deploy with a larger --context",
                 param="tokens",
             )
         prompts = (128,) if quick else (128, 512, 2048)
@@ -51,12 +56,8 @@ class Sizes:
         if first < turn:
             notes.append(f"second-turn: after {first} tokens, the context of {context} holds no {turn}")
         sessions = (1, 2) if quick else (1, 2, 4, 8, 16)
-        return cls(tokens, fitting, sessions, arriving, 1 if quick else 2, first, tuple(notes))
-
-    @property
-    def running(self) -> int:
-        """Tokens of a stream beside arriving prompts, at most; it is ended when they have been answered."""
-        return self.arriving
+        running = min(wanted, context - SHORT)
+        return cls(tokens, fitting, sessions, arriving, 1 if quick else 2, running, first, tuple(notes))
 
 
 @dataclass(frozen=True)
