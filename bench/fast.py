@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -349,6 +350,7 @@ def main() -> None:
     if chosen.work is None:
         parser.error("--work is needed")
     chosen.work.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its processes end with it
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cluster-", dir=chosen.work)))
         bind: tuple[str, ...] = ()

@@ -6,6 +6,7 @@ import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,11 +29,13 @@ from ganglion.cli.options import (
     SharesOption,
     TopologyOption,
 )
-from ganglion.cli.runner import command
+from ganglion.cli.runner import command, until_stopped
 
 if TYPE_CHECKING:
+    from ganglion.cli.bench.deployed import Deployed
     from ganglion.cli.bench.rivals import Wanted
     from ganglion.cli.bench.running import Progress, Runner
+    from ganglion.cli.deploying import Wish
     from ganglion.cli.sourcing import Source
 
 ROUNDS, QUICK_ROUNDS = 5, 1
@@ -100,7 +103,7 @@ async def bench(
     api: ApiOption = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
-) -> None:
+) -> int:
     """Measure a deployment on the path that a program takes: tokens a second, latencies, memory, where the time goes.
 
     A model that is not deployed as asked is deployed for the time of the benchmark; afterwards all is as before.
@@ -108,13 +111,9 @@ async def bench(
     over the rounds; competitors take turns within each round, with as many threads and as many bits a weight as they
     come in. In exact classes the same prompt must give the same tokens alone and beside others, or the command fails.
     """
-    from ganglion.cli.admin import admin
     from ganglion.cli.api import require_api
-    from ganglion.cli.bench.asking import asker
-    from ganglion.cli.bench.deployed import deployed
-    from ganglion.cli.bench.measures import Sizes, chosen
+    from ganglion.cli.bench.measures import chosen
     from ganglion.cli.bench.rivals import Wanted
-    from ganglion.cli.bench.running import Asked, Ours, Runner, Theirs
     from ganglion.cli.deploying import Wish
 
     measures, wanted = chosen(only), [Wanted.of(text) for text in against or ()]
@@ -124,29 +123,69 @@ async def bench(
     )  # fmt: skip
     root = root_of(home)
     base = require_api(root, api)
+    seed = secrets.randbits(32) if seed is None else seed
+    size = _Size(
+        quick, rounds or (QUICK_ROUNDS if quick else ROUNDS), tokens or (QUICK_TOKENS if quick else TOKENS), seed
+    )
+    documents: list[dict[str, Any]] = []
+
+    async def main() -> None:
+        documents.append(await _measured(root, base, model, name, wish, measures, size, wanted, work))
+
+    # A signal cancels, so that what was deployed for the time of the benchmark goes in any case.
+    code = await until_stopped(main())
+    for document in documents:
+        if as_json:
+            output.answer_json(document)
+        else:
+            show(document)
+    return code
+
+
+@dataclass(frozen=True)
+class _Size:
+    """How much is measured."""
+
+    quick: bool
+    rounds: int
+    tokens: int
+    seed: int
+
+
+async def _measured(
+    root: Path,
+    base: str,
+    model: str | None,
+    name: str | None,
+    wish: Wish,
+    measures: tuple[str, ...],
+    size: _Size,
+    wanted: list[Wanted],
+    work: Path | None,
+) -> dict[str, Any]:
+    """Deploy what does not run, run the rounds, and put all back."""
+    from ganglion.cli.admin import admin
+    from ganglion.cli.bench.asking import asker
+    from ganglion.cli.bench.deployed import deployed
+    from ganglion.cli.bench.measures import Sizes
+    from ganglion.cli.bench.running import Asked, Ours, Runner, Theirs
+
     async with admin(root) as line, deployed(root, line, model, name=name, wish=wish) as (measured, source):
-        sizes = Sizes.of(measured.plan.context, tokens=tokens or (QUICK_TOKENS if quick else TOKENS), quick=quick)
-        asked = Asked(
-            measures,
-            sizes,
-            rounds or (QUICK_ROUNDS if quick else ROUNDS),
-            secrets.randbits(32) if seed is None else seed,
-        )
+        sizes = Sizes.of(measured.plan.context, tokens=size.tokens, quick=size.quick)
         with ExitStack() as stack:
             rivals, missing = _rivals(stack, wanted, source, measured, work)
             progress = stack.enter_context(_progress())
             async with asker(base, measured.model) as client:
                 ours = Ours(measured.model, measured, client)
+                asked = Asked(measures, sizes, size.rounds, size.seed)
                 runner = Runner([ours], [Theirs(rival) for rival in rivals], asked, progress)
                 await runner.run()
-            document = document_of(root, runner, missing)
-    if as_json:
-        output.answer_json(document)
-    else:
-        show(document)
+            return document_of(root, runner, missing)
 
 
-def _rivals(stack: ExitStack, wanted: list[Wanted], source: Source | None, measured: Any, work: Path | None) -> Any:
+def _rivals(
+    stack: ExitStack, wanted: list[Wanted], source: Source | None, measured: Deployed, work: Path | None
+) -> Any:
     """(competitors that run, closed with the stack; what is not here)."""
     from ganglion.cli.bench.rivals import Converted, like, open_rivals
     from ganglion.wire.errors import InvalidRequest

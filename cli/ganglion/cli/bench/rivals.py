@@ -5,6 +5,7 @@ Whatever is not here is said by name; nothing is skipped in silence.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import platform
@@ -191,15 +192,13 @@ class Child:
         return float(self._ask({"op": "prefill", "prompt": list(prompt)})["seconds"])
 
     def close(self) -> None:
-        """End it; it ends with its input."""
+        """End it. First the process: a thread that still waits for its answer holds the pipe."""
+        self._process.kill()
+        self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                pipe.close()
-        try:
-            self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
         self._errors.close()
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
