@@ -236,7 +236,7 @@ def document_of(root: Path, runner: Runner, missing: list[str]) -> dict[str, Any
             if "memory" in asked.measures
         ]
         parts.append(report.ours_document(ours, memory, runner.meter.source))
-    notes = list(asked.sizes.notes)
+    notes = [note for note in asked.sizes.notes if note.startswith(asked.measures)]
     if "arrivals" in asked.measures and any(ours.deployed.plan.sessions < 2 for ours in runner.ours):
         notes.append("arrivals: the deployment admits one session, a prompt would wait for the stream to end")
     return {
