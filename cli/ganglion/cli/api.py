@@ -1,10 +1,10 @@
-"""A client of the OpenAI-compatible API, for `run` and `chat`: streams text, maps errors back to the tree."""
+"""A client of the OpenAI-compatible API, for `run`, `chat` and `bench`: streams text, maps errors back to the tree."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,11 +22,16 @@ SILENCE_S: Final = 600.0  # a long prompt on a slow device says nothing until it
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some text of the answer; `finish` is set in the last one, `usage` in the one after it."""
+    """Some text of the answer; `finish` is set in the last one, `usage` and `timings` in the one after it.
+
+    ids: of its tokens, where `return_token_ids` was asked for; timings: where `return_timings` was.
+    """
 
     text: str = ""
     finish: str | None = None
     usage: dict[str, Any] | None = None
+    ids: tuple[int, ...] = ()
+    timings: dict[str, Any] | None = None
 
 
 def api_address(root: Path) -> str | None:
@@ -45,17 +50,27 @@ def require_api(root: Path, given: str | None) -> str:
     return address.rstrip("/").removesuffix("/v1")
 
 
-async def stream(base: str, path: str, body: dict[str, Any]) -> AsyncIterator[Chunk]:
-    """POST `body` to `/v1/{path}` and yield what comes. Raises the error that the gateway names, or Unreachable."""
+def open_client(connections: int = 100) -> httpx.AsyncClient:
+    """A client for several requests, with the key of the environment; to be closed."""
     key = os.environ.get(API_KEY)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     timeout = httpx.Timeout(SILENCE_S, connect=CONNECT_S)
+    limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+    return httpx.AsyncClient(timeout=timeout, headers=headers, limits=limits, trust_env=False)
+
+
+async def stream(base: str, path: str, body: dict[str, Any]) -> AsyncGenerator[Chunk]:
+    """POST `body` to `/v1/{path}` and yield what comes. Raises the error that the gateway names, or Unreachable."""
+    async with open_client() as client:
+        async for chunk in stream_of(client, base, path, body):
+            yield chunk
+
+
+async def stream_of(client: httpx.AsyncClient, base: str, path: str, body: dict[str, Any]) -> AsyncGenerator[Chunk]:
+    """The same over a client that is kept: its second request finds a connection."""
     request = {**body, "stream": True, "stream_options": {"include_usage": True}}
     try:
-        async with (
-            httpx.AsyncClient(timeout=timeout, headers=headers, trust_env=False) as client,
-            client.stream("POST", f"{base}/v1/{path}", json=request) as response,
-        ):
+        async with client.stream("POST", f"{base}/v1/{path}", json=request) as response:
             if response.status_code != httpx.codes.OK:
                 raise error_of(response.status_code, await response.aread())
             async for line in response.aiter_lines():
@@ -75,10 +90,10 @@ def chunk_of(data: str) -> Chunk:
             raise error_of(None, data.encode())
         choices = event["choices"]
         if not choices:
-            return Chunk(usage=event.get("usage"))
+            return Chunk(usage=event.get("usage"), timings=event.get("timings"))
         first = choices[0]
         text = first["delta"].get("content") if "delta" in first else first.get("text")
-        return Chunk(text or "", first.get("finish_reason"), event.get("usage"))
+        return Chunk(text or "", first.get("finish_reason"), event.get("usage"), tuple(first.get("token_ids") or ()))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ProtocolViolation(f"the API sent an event that is none: {data[:200]!r}") from error
 

@@ -14,6 +14,7 @@ from ganglion.gateway.callparser import Arguments, CallParser, Content, Event, S
 from ganglion.gateway.generation import Ended
 from ganglion.gateway.tokenizing import ModelTokenizer
 from ganglion.gateway.transcript import Delta, Placed
+from ganglion.proto.lane_pb2 import Timings
 
 Json = dict[str, Any]
 
@@ -35,18 +36,26 @@ def usage(ends: Sequence[Ended]) -> Json:
     }
 
 
+def timings(ends: Sequence[Ended]) -> Json:
+    """The lead's account by the names of `Timings`, seconds and bytes, of every choice together."""
+    found = [end.timings for end in ends if end.timings is not None]
+    return {each.name: sum(getattr(one, each.name) for one in found) for each in Timings.DESCRIPTOR.fields}
+
+
 @dataclass
 class Answer:
     """One choice as far as it has come."""
 
     parts: list[str] = field(default_factory=list)
     tokens: list[Placed] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
     end: Ended | None = None
 
     def add(self, delta: Delta) -> None:
         """Take more of it."""
         self.parts.append(delta.text)
         self.tokens.extend(delta.tokens)
+        self.ids.extend(delta.ids)
 
     @property
     def text(self) -> str:
@@ -61,12 +70,17 @@ class Answer:
 
 @dataclass
 class Writer(ABC):
-    """What both kinds of answers share. `logprobs`: -1 none, else how many alternatives."""
+    """What both kinds of answers share. `logprobs`: -1 none, else how many alternatives.
+
+    `token_ids`: of the answer are wanted; `timings`: the lead's account is wanted beside the usage.
+    """
 
     model: str
     tokenizer: ModelTokenizer
     logprobs: int
     include_usage: bool = False
+    token_ids: bool = False
+    timings: bool = False
     prefix: str = ""
     whole: str = ""
     chunk: str = ""
@@ -92,7 +106,7 @@ class Writer(ABC):
 
     def usage_chunk(self, ends: Sequence[Ended]) -> Json:
         """The last chunk of a stream whose client asked for it."""
-        return self._base(self.chunk) | {"choices": [], "usage": usage(ends)}
+        return self._base(self.chunk) | {"choices": [], "usage": usage(ends), **self._account(ends)}
 
     @abstractmethod
     def first(self, count: int) -> Iterable[Json]:
@@ -110,7 +124,10 @@ class Writer(ABC):
         """The whole response."""
         choices = [{"index": index, **self._choice(answer)} for index, answer in enumerate(answers)]
         ends = [answer.end for answer in answers if answer.end is not None]
-        return self._base(self.whole) | {"choices": choices, "usage": usage(ends)}
+        return self._base(self.whole) | {"choices": choices, "usage": usage(ends), **self._account(ends)}
+
+    def _account(self, ends: Sequence[Ended]) -> Json:
+        return {"timings": timings(ends)} if self.timings else {}
 
     @abstractmethod
     def _choice(self, answer: Answer) -> Json:
@@ -231,7 +248,7 @@ class CompletionWriter(Writer):
 
     def delta(self, index: int, delta: Delta) -> Iterable[Json]:
         """A chunk with text."""
-        return [self._text(index, delta.text, self._logprobs(delta.tokens))]
+        return [self._text(index, delta.text, self._logprobs(delta.tokens), ids=delta.ids)]
 
     def last(self, index: int, end: Ended) -> Iterable[Json]:
         """The chunk with the finish reason."""
@@ -239,10 +256,22 @@ class CompletionWriter(Writer):
 
     def _choice(self, answer: Answer) -> Json:
         logprobs = self._logprobs(answer.tokens)
-        return {"text": self.echo + answer.text, "logprobs": logprobs, "finish_reason": answer.reason}
+        choice = {"text": self.echo + answer.text, "logprobs": logprobs, "finish_reason": answer.reason}
+        return choice | self._ids(answer.ids)
 
-    def _text(self, index: int, text: str, logprobs: Json | None = None, reason: str | None = None) -> Json:
-        return self._chunk(index, {"text": text, "logprobs": logprobs, "finish_reason": reason})
+    def _ids(self, ids: Sequence[int]) -> Json:
+        return {"token_ids": list(ids)} if self.token_ids else {}
+
+    def _text(
+        self,
+        index: int,
+        text: str,
+        logprobs: Json | None = None,
+        reason: str | None = None,
+        ids: Sequence[int] = (),
+    ) -> Json:
+        choice = {"text": text, "logprobs": logprobs, "finish_reason": reason}
+        return self._chunk(index, choice | self._ids(ids))
 
     def _logprobs(self, tokens: Sequence[Placed]) -> Json | None:
         if self.logprobs < 0:

@@ -136,7 +136,7 @@ async def _chunks(item: Numbered | None, pump: Pump, answering: Answering) -> As
             ends.append(part)
             for chunk in writer.last(index, part):
                 yield chunk
-        elif isinstance(part, Delta) and (part.text or part.tokens):
+        elif isinstance(part, Delta) and (part.text or part.tokens or (writer.token_ids and part.ids)):
             for chunk in writer.delta(index, part):
                 yield chunk
         item = await pump.next()

@@ -49,12 +49,16 @@ class Began:
 
 @dataclass(frozen=True)
 class Ended:
-    """The answer is complete; `reason` is OpenAI's finish_reason. `cached_tokens`: of the prompt, not run again."""
+    """The answer is complete; `reason` is OpenAI's finish_reason. `cached_tokens`: of the prompt, not run again.
+
+    timings: the lead's account where it gave one.
+    """
 
     reason: str
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    timings: lane_pb2.Timings | None = None
 
 
 Part = Began | Delta | Ended
@@ -214,15 +218,18 @@ async def _parts(
         raise Unavailable("the lead cancelled the session")
     if finished.completion_tokens < transcript.tokens:
         raise Internal(f"the lead counts {finished.completion_tokens} tokens and sent {transcript.tokens}")
-    yield Ended(reason, prompt_tokens, finished.completion_tokens, finished.cached_tokens)
+    yield Ended(reason, prompt_tokens, finished.completion_tokens, finished.cached_tokens, finished.timings)
 
 
 def _pushed(transcript: Transcript, tokens: lane_pb2.Tokens) -> Delta:
     text: list[str] = []
     placed: list[Placed] = []
+    ids: list[int] = []
     for token in tokens.tokens:
+        if not transcript.stopped:
+            ids.append(token.id)
         top = tuple(Alternative(entry.id, entry.logprob) for entry in token.top)
         delta = transcript.push(Drawn(token.id, token.logprob if token.HasField("logprob") else None, top))
         text.append(delta.text)
         placed.extend(delta.tokens)
-    return Delta("".join(text), tuple(placed))
+    return Delta("".join(text), tuple(placed), tuple(ids))

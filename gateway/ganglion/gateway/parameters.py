@@ -88,6 +88,7 @@ class Common(Edge):
     guided_regex: Pattern | None = None
     guided_choice: Alternatives | None = None
     guided_grammar: Pattern | None = None
+    ignore_eos: bool = False
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -142,6 +143,8 @@ class CompletionRequest(Common):
     logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
     echo: bool = False
     best_of: Annotated[int, Field(ge=1)] | None = None
+    return_token_ids: bool = False
+    return_timings: bool = False
 
     @property
     def wanted_logprobs(self) -> int:

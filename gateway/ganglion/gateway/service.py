@@ -106,6 +106,7 @@ class Service:
         prompt, text = await _completion_prompt(asked, facts, tokenizer)
         writer = CompletionWriter(asked.model, tokenizer, asked.wanted_logprobs, asked.include_usage)
         writer.echo = text if asked.echo else ""
+        writer.token_ids, writer.timings = asked.return_token_ids, asked.return_timings
         requests = _open(
             asked,
             writer.identifier,
@@ -235,7 +236,7 @@ def _open(
             request_id=identifier if asked.n == 1 else f"{identifier}-{index}",
             prompt=prompt,
             max_tokens=min(default, rest) if wanted is None else wanted,
-            stop_ids=facts.eos_ids,
+            stop_ids=() if asked.ignore_eos else facts.eos_ids,
             sampling=lane_pb2.Sampling(
                 temperature=asked.temperature,
                 top_k=max(asked.top_k, 0),

@@ -36,10 +36,11 @@ class Placed:
 
 @dataclass(frozen=True)
 class Delta:
-    """Text and tokens that are now certain."""
+    """Text and tokens that are now certain; `ids`: of what was drawn, whether or not its text is certain yet."""
 
     text: str
     tokens: tuple[Placed, ...]
+    ids: tuple[int, ...] = ()
 
 
 class Transcript:

@@ -316,7 +316,7 @@ class Finished(_message.Message):
     def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Timings(_message.Message):
-    __slots__ = ("wall_s", "queue_s", "compute_s", "exchange_s", "seal_s", "sample_s", "other_s", "ttft_s")
+    __slots__ = ("wall_s", "queue_s", "compute_s", "exchange_s", "seal_s", "sample_s", "other_s", "ttft_s", "sent_bytes", "received_bytes")
     WALL_S_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
@@ -325,6 +325,8 @@ class Timings(_message.Message):
     SAMPLE_S_FIELD_NUMBER: _ClassVar[int]
     OTHER_S_FIELD_NUMBER: _ClassVar[int]
     TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     wall_s: float
     queue_s: float
     compute_s: float
@@ -333,7 +335,9 @@ class Timings(_message.Message):
     sample_s: float
     other_s: float
     ttft_s: float
-    def __init__(self, wall_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., exchange_s: _Optional[float] = ..., seal_s: _Optional[float] = ..., sample_s: _Optional[float] = ..., other_s: _Optional[float] = ..., ttft_s: _Optional[float] = ...) -> None: ...
+    sent_bytes: int
+    received_bytes: int
+    def __init__(self, wall_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., exchange_s: _Optional[float] = ..., seal_s: _Optional[float] = ..., sample_s: _Optional[float] = ..., other_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ...) -> None: ...
 
 class Failed(_message.Message):
     __slots__ = ("code", "message", "param")

@@ -31,6 +31,7 @@ from ganglion.wire.errors import (
     to_body,
 )
 from ganglion.wire.frames import (
+    OVERHEAD_BYTES,
     Dtype,
     Ends,
     Expectation,
@@ -60,7 +61,7 @@ class Message:
 
 
 class Lane(ABC):
-    """One end of a lane. `sealing_s` adds up the seconds spent sealing and opening.
+    """One end of a lane. `sealing_s` adds up the seconds spent sealing and opening; bytes are of frames and their tags.
 
     Every method raises DeviceLost when the peer is gone (at once, also while waiting), the peer's own error when it
     ended the lane with one, and ProtocolViolation for a frame that the step did not announce; after any of these the
@@ -76,6 +77,7 @@ class Lane(ABC):
         self.own_rank = own_rank
         self.peer_rank = peer_rank
         self.sealing_s = 0.0
+        self.sent_bytes = self.received_bytes = 0
         self._sealer = conversation.sealer
         self._opener = conversation.opener
         self._outward = Ends(self.epoch, own_rank, peer_rank)
@@ -99,10 +101,12 @@ class Lane(ABC):
         Raises also Exhausted for an array beyond one frame (16 MiB).
         """
         await self._send(tensor_header(kind, self._outward, step, exchange, array), array.data.cast("B"))
+        self.sent_bytes += OVERHEAD_BYTES + array.nbytes
 
     async def send_message(self, kind: Kind, step: int, payload: bytes, exchange: int = 0) -> None:
         """Send a message, for example a serialized Step; raises also Exhausted beyond 4 MiB."""
         await self._send(message_header(kind, self._outward, step, exchange, len(payload)), payload)
+        self.sent_bytes += OVERHEAD_BYTES + len(payload)
 
     async def receive(self, expected: Expectation, into: NDArray[Any] | None = None) -> Any:
         """The one frame that may come now.
@@ -159,6 +163,7 @@ class Lane(ABC):
         else:
             self._opener.open_into(packed, sealed, into.data.cast("B"))
         self.sealing_s += time.perf_counter() - started
+        self.received_bytes += OVERHEAD_BYTES + into.nbytes
         return into
 
     async def _message(self, packed: bytes, header: Header) -> bytes:
@@ -166,6 +171,7 @@ class Lane(ABC):
         started = time.perf_counter()
         payload = self._opener.open(packed, sealed)
         self.sealing_s += time.perf_counter() - started
+        self.received_bytes += OVERHEAD_BYTES + header.payload_bytes
         return payload
 
     def _farewell(self, header: Header, payload: bytes) -> GanglionError:

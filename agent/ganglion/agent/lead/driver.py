@@ -41,6 +41,8 @@ class _Marks:
     exchange_s: float
     seal_s: float
     sample_s: float
+    sent_bytes: int
+    received_bytes: int
 
 
 class _Drawing:
@@ -334,8 +336,11 @@ class Lead:
 
     def _marks(self) -> _Marks:
         meter = self._runner.meter
-        sealing_s = sum(lane.sealing_s for lane in self._lanes.values())
-        return _Marks(time.perf_counter(), meter.compute_s, meter.exchange_s, sealing_s, self._sample_s)
+        lanes = self._lanes.values()
+        sealing_s = sum(lane.sealing_s for lane in lanes)
+        sent, received = sum(lane.sent_bytes for lane in lanes), sum(lane.received_bytes for lane in lanes)
+        wall = time.perf_counter()
+        return _Marks(wall, meter.compute_s, meter.exchange_s, sealing_s, self._sample_s, sent, received)
 
     def _admit(self, running: Mapping[int, Session], now: float) -> None:
         for number, session in running.items():
@@ -354,6 +359,8 @@ class Lead:
                 spent.exchange_s += max(0.0, now.exchange_s - before.exchange_s - seal_s)
                 spent.seal_s += seal_s
                 spent.sample_s += now.sample_s - before.sample_s
+                spent.sent_bytes += now.sent_bytes - before.sent_bytes
+                spent.received_bytes += now.received_bytes - before.received_bytes
             else:
                 spent.queue_s += now.wall - before.wall
 

@@ -125,7 +125,7 @@ class PrefixCache:
         blocks = min((len(tokens) - 1) // BLOCK, self._index.capacity)
         found = self._index.find(self._chains[session].keys(tokens, blocks))
         if found:
-            self._begins.append(Begin(session, tuple(found), len(prompt)))
+            self._begins.append(Begin(session, tuple(found), len(tokens)))
         self._seen[session] = len(found)
         return len(found) * BLOCK
 

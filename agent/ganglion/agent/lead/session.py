@@ -60,13 +60,15 @@ def parse_open(message: lane_pb2.Open, manifest: Manifest, plan: Plan) -> Reques
 
 @dataclass(slots=True)
 class Spent:
-    """Seconds of a session, by what they were spent on."""
+    """Seconds of a session, by what they were spent on, and bytes of frames on the lead's lanes."""
 
     queue_s: float = 0.0
     compute_s: float = 0.0
     exchange_s: float = 0.0
     seal_s: float = 0.0
     sample_s: float = 0.0
+    sent_bytes: int = 0
+    received_bytes: int = 0
 
 
 class Session:
@@ -138,6 +140,8 @@ class Session:
             sample_s=spent.sample_s,
             other_s=max(0.0, wall - sum(parts)),
             ttft_s=(self._first or time.perf_counter()) - self._opened,
+            sent_bytes=spent.sent_bytes,
+            received_bytes=spent.received_bytes,
         )
 
     async def events(self) -> AsyncGenerator[lane_pb2.SessionEvent, None]:
