@@ -20,6 +20,7 @@ from ganglion.wire.errors import InvalidDocument, ProtocolViolation
 from ganglion.wire.frames import Dtype, Expectation, Kind
 from ganglion.wire.lane import Lane
 from ganglion.wire.nouns import Manifest, Plan, Segment
+from ganglion.wire.nouns.plan import Payload
 
 
 def vocab_shares(manifest: Manifest, plan: Plan) -> dict[int, VocabShare]:
@@ -67,7 +68,7 @@ class StageRunner:
         self._following = tuple(lanes[other] for other in following)
         layers = manifest.layers[stage.layers.start : stage.layers.stop]
         segments = [segment for layer in layers for segment in layer.segments]
-        self._payload = payload_of(manifest, plan)
+        self._payload: Payload = payload_of(manifest, plan)
         self._exchanges = self._plan_exchanges(plan, number, segments, lanes)
 
     def _plan_exchanges(

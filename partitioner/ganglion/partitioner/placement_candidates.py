@@ -336,7 +336,7 @@ def _payload(request: Request, stages: tuple[Stage, ...], context: int) -> Paylo
     split = [stage for stage in stages if len(stage.shares) > 1]
     if wished != "auto":
         return wished if split else "full"
-    chosen = [
+    chosen: list[Payload] = [
         choose_payload(
             request.network,
             [share.device for share in stage.shares],
@@ -346,7 +346,7 @@ def _payload(request: Request, stages: tuple[Stage, ...], context: int) -> Paylo
         )
         for stage in split
     ]
-    return min(chosen, key=PAYLOADS.__getitem__, default="full")
+    return min(chosen, key=lambda payload: PAYLOADS[payload], default="full")
 
 
 def _keep_what_fits(

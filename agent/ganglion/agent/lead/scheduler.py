@@ -205,7 +205,10 @@ class Scheduler:
         if self._role == "any":
             return "any"
         turns: tuple[Role, Role] = ("prompt", "generated") if self._role == "generated" else ("generated", "prompt")
-        return next((role for role in turns if any(run.waiting(role) for run in self._active.values())), self._role)
+        for role in turns:
+            if any(run.waiting(role) for run in self._active.values()):
+                return role
+        return self._role
 
     def _admit(self) -> None:
         """Admit while there is room: of the client with the fewest sessions, in order of arrival."""
