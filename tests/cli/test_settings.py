@@ -41,6 +41,7 @@ def test_flag_over_environment_over_file(tmp_path: Path) -> None:
         ("port = 99999\n", "config.toml, port: Input should be less than or equal to 65535"),
         ('memory = "much"\n', "config.toml, memory: 'much' is not a size; write for example 4GiB"),
         ('bind = "here"\n', "config.toml, bind: 'here' is not an IP address"),
+        ('lanes = "tcp"\n', "config.toml, lanes: Input should be 'auto', 'grpc' or 'socket'"),
         ("port = \n", "config.toml: Invalid value"),
     ],
 )
