@@ -56,7 +56,9 @@ class Talk:
         began = time.perf_counter()
         answer = self._http.post(path, json={"model": self._model, "max_tokens": 1, "temperature": 0} | body)
         took_s = time.perf_counter() - began
-        return took_s, answer.raise_for_status().json()["usage"]
+        if answer.is_error:
+            raise RuntimeError(f"{answer.text}\n{self._cluster.logs(12)}")
+        return took_s, answer.json()["usage"]
 
     def answer(self, prompt: list[int], count: int = ANSWER_TOKENS) -> tuple[list[int], dict[str, float]]:
         """Ids that are drawn, and the lead's own account in ms, asked for as the gateway does."""
