@@ -346,7 +346,10 @@ def _payload(request: Request, stages: tuple[Stage, ...], context: int) -> Paylo
         )
         for stage in split
     ]
-    return min(chosen, key=lambda payload: PAYLOADS[payload], default="full")
+    for payload in reversed(PAYLOADS):
+        if payload in chosen:
+            return payload
+    return "full"
 
 
 def _keep_what_fits(

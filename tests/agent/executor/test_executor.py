@@ -20,7 +20,7 @@ from ganglion.agent.executor.executor import Executor
 from ganglion.agent.executor.loader import load_shard, start_runtime
 from ganglion.agent.executor.prefix_blocks import Begin, Keep
 from ganglion.agent.executor.prepacked import Prepacked
-from ganglion.agent.store import PieceStore
+from ganglion.agent.store import PieceStore, needed_pieces
 from ganglion.partitioner.cut import numeric_class, partition
 from ganglion.wire.errors import Corrupt, Exhausted, InvalidDocument, ProtocolViolation
 from ganglion.wire.nouns import Manifest, Plan, Range, Share, Stage, digest
@@ -52,23 +52,21 @@ class Cut:
             cut_evenly(self.manifest, weights),
         )
 
-    def executors(
+    def plan(
         self,
-        weights: Sequence[float] = (1,),
+        weights: Sequence[float],
         *,
         sessions: int = 64,
         context: int = 0,
         chunk: int = 64,
         prefix_tokens: int = 0,
-        prepacked: Prepacked | None = None,
-    ):
-        start_runtime(1)
+    ) -> Plan:
         shares = tuple(
             Share(device=letter * 26, heads=cut.heads, columns=cut.columns, vocab=cut.vocab)
             for letter, cut in zip("abcd", cut_evenly(self.manifest, weights), strict=False)
         )
         stage = Stage(layers=Range(0, self.manifest.geometry.layers), shares=shares, topology="mesh")
-        plan = Plan(
+        return Plan(
             manifest_digest=digest(self.manifest),
             numeric_class=self.manifest.numeric_class,
             context=context or self.manifest.geometry.context,
@@ -79,9 +77,14 @@ class Cut:
             threads={},
             prefix_tokens=prefix_tokens,
         )
+
+    def executors(self, weights: Sequence[float] = (1,), *, prepacked: Prepacked | None = None, **options: int):
+        start_runtime(1)
+        plan = self.plan(weights, **options)
+        (stage,) = plan.stages
         self.opened += 1
         found = []
-        for rank, share in enumerate(shares):
+        for rank, share in enumerate(stage.shares):
             shard = load_shard(
                 self.manifest,
                 stage,
@@ -324,3 +327,42 @@ def test_embedding_rows(tmp_path, dtype):
     table.rows(ids, found)
     weights = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).get_input_embeddings().weight
     assert np.array_equal(found[:5], weights.detach()[ids].float().numpy())
+
+
+def test_where_formats_mix_a_share_needs_the_pieces_of_both_and_no_others(cuts, tmp_path):
+    cut = cuts("llama", "mixed")
+    plan = cut.plan([3, 1])
+    for number, share in enumerate(plan.stages[0].shares):
+        opened = set()
+
+        def open_piece(digest: str, seen: set[str] = opened) -> memoryview:
+            seen.add(digest)
+            return cut.store.open(digest)
+
+        shard = load_shard(
+            cut.manifest,
+            plan.stages[0],
+            share,
+            open_piece=open_piece,
+            folder=tmp_path / f"{number}",
+            progress=lambda *_: None,
+        )
+        rest = {piece.digest for piece in cut.manifest.embedding.pieces} | {
+            piece.digest for tables in cut.manifest.ropes.values() for one in tables for piece in (one.cos, one.sin)
+        }
+        needed = {piece.digest for piece in needed_pieces(cut.manifest, plan, share.device)}
+        tokenizer = {piece.digest for piece in cut.manifest.tokenizer.values()}
+        assert opened - rest == needed - rest - tokenizer
+        for one, other in zip(shard.segments, shard.prompt, strict=True):
+            assert one.sessions[0] is not other.sessions[0]
+            if one.attends:
+                assert one.sessions[1] is other.sessions[1]
+
+
+def test_roles_that_the_class_does_not_have_are_refused(cuts):
+    mixed, plain = (cuts("llama", weights).executors([1]).executors[0] for weights in ("mixed", "fp32"))
+    with pytest.raises(ProtocolViolation, match="a step of role any; those of this class are prompt, generated"):
+        mixed.begin([(1, 0, 1)])
+    with pytest.raises(ProtocolViolation, match="a step of role prompt; those of this class are any"):
+        plain.begin([(1, 0, 1)], "prompt")
+    assert mixed.begin([(1, 0, 1)], "prompt").role == "prompt"
