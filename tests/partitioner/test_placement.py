@@ -652,3 +652,17 @@ def test_sums_are_rounded_where_throughput_decides_and_only_in_fast_classes():
     alone = place(fast, devices[:1], {}, PlanOptions(payload="int8"))
     assert alone.plan is not None
     assert alone.plan.payload == "full"
+
+
+def test_large_steps_overlap_where_sums_travel_longer_than_weights_are_read():
+    model = manifest(scale=100)
+    devices = [device(1), device(2)]
+
+    def overlap(some: list[Device], bytes_per_s: float, **options: Any) -> bool:
+        found = place(model, some, all_links(some, 2e-4, bytes_per_s), PlanOptions(mode="tensor", **options))
+        assert found.plan is not None
+        return found.plan.overlap
+
+    assert overlap(devices, 125e6)
+    assert not overlap(devices, 125e9)
+    assert not overlap([device(1, host="h"), device(2, host="h")], 125e6)  # there it is processor time

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from ganglion.agent.exchange.allreduce import AllReduce
 from ganglion.agent.exchange.payload import payload_of
 from ganglion.agent.exchange.plan import contributors, plan_exchange, stage_ranks
+from ganglion.agent.executor.buffers import Delta
 from ganglion.agent.executor.executor import Batch, Executor
 from ganglion.agent.lead.adjusting import VocabShare
 from ganglion.agent.lead.candidates import Answer, answer
 from ganglion.agent.lead.draw import Draw
-from ganglion.wire.errors import InvalidDocument, ProtocolViolation
+from ganglion.wire.errors import Internal, InvalidDocument, ProtocolViolation
 from ganglion.wire.frames import Dtype, Expectation, Kind
 from ganglion.wire.lane import Lane
 from ganglion.wire.nouns import Manifest, Plan, Segment
@@ -69,6 +70,8 @@ class StageRunner:
         layers = manifest.layers[stage.layers.start : stage.layers.stop]
         segments = [segment for layer in layers for segment in layer.segments]
         self._payload: Payload = payload_of(manifest, plan)
+        self._overlaps = plan.overlap and len(ranks) > 1
+        self._chunk = plan.chunk
         self._exchanges = self._plan_exchanges(plan, number, segments, lanes)
 
     def _plan_exchanges(
@@ -110,19 +113,48 @@ class StageRunner:
             await lane.send_tensor(Kind.HIDDEN, step, 0, executor.residual(batch))
         now = time.perf_counter()
         meter.exchange_s += now - before
-        for index, exchange in enumerate(self._exchanges):
-            partial = executor.run(batch, index)
-            before, now = now, time.perf_counter()
-            meter.compute_s += now - before
-            if exchange is not None:
-                await exchange.reduce(step, index, partial)
-                before, now = now, time.perf_counter()
-                meter.exchange_s += now - before
+        if self._overlaps and batch.rows >= max(4, self._chunk // 2):
+            halves = executor.halves(batch)
+            await self._run_segments(step, halves)
+            executor.join(batch, halves)
+        else:
+            await self._run_segments(step, (batch,))
         if self._following:
+            now = time.perf_counter()
             handed = executor.hand_on(batch)
             for lane in self._following:
                 await lane.send_tensor(Kind.HIDDEN, step, 0, handed)
             meter.exchange_s += time.perf_counter() - now
+
+    async def _run_segments(self, step: int, parts: Sequence[Batch]) -> None:
+        """Every segment on every part of a step: while a part's sums travel, the next one computes."""
+        executor, meter = self.executor, self.meter
+        sums: list[Delta | None] = [None] * len(parts)
+        now = time.perf_counter()
+        for index in range(len(self._exchanges) + 1):
+            for number, part in enumerate(parts):
+                travelling = sums[number]
+                if travelling is not None:
+                    await self._exchange(index - 1).take(step, (index - 1) * len(parts) + number, travelling)
+                    sums[number] = None
+                    before, now = now, time.perf_counter()
+                    meter.exchange_s += now - before
+                if index == len(self._exchanges):
+                    continue
+                partial = executor.run(part, index)
+                before, now = now, time.perf_counter()
+                meter.compute_s += now - before
+                if self._exchanges[index] is not None:
+                    await self._exchange(index).give(step, index * len(parts) + number, partial)
+                    sums[number] = partial
+                    before, now = now, time.perf_counter()
+                    meter.exchange_s += now - before
+
+    def _exchange(self, index: int) -> AllReduce:
+        exchange = self._exchanges[index]
+        if exchange is None:
+            raise Internal(f"segment {index} leaves sums that are not exchanged")
+        return exchange
 
     @property
     def vocab(self) -> VocabShare | None:

@@ -25,6 +25,7 @@ from ganglion.cli.options import (
     JsonOption,
     ModeOption,
     NameOption,
+    PayloadOption,
     PrefixTokensOption,
     PrivateOption,
     SessionsOption,
@@ -100,6 +101,7 @@ async def bench(
     devices: DevicesOption = "",
     shares: SharesOption = "",
     topology: TopologyOption = "auto",
+    payload: PayloadOption = "auto",
     context: ContextOption = 0,
     sessions: SessionsOption = 0,
     prefix_tokens: PrefixTokensOption = None,
@@ -123,7 +125,7 @@ async def bench(
     measures, wanted = chosen(only), [Wanted.of(text) for text in against or ()]
     wish = Wish.of(
         weights=weights, workload=workload, fast=fast, mode=mode, devices=devices, shares=shares, topology=topology,
-        context=context, sessions=sessions, prefix_tokens=prefix_tokens, private=private,
+        payload=payload, context=context, sessions=sessions, prefix_tokens=prefix_tokens, private=private,
     )  # fmt: skip
     root = root_of(home)
     base = require_api(root, api)

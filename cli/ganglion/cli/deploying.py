@@ -54,6 +54,7 @@ class Wish:
         devices: str,
         shares: str,
         topology: str,
+        payload: str,
         context: int,
         sessions: int,
         prefix_tokens: int | None,
@@ -73,7 +74,7 @@ class Wish:
             )
         document = {
             "mode": mode, "devices": names, "shares": parts, "topology": topology,
-            "context": context, "sessions": sessions, "prefix_tokens": prefix_tokens, "private": private,
+            "payload": payload, "context": context, "sessions": sessions, "prefix_tokens": prefix_tokens, "private": private,
         }  # fmt: skip
         if workload is not None and weights not in (None, "auto"):
             raise InvalidRequest(f"--for {workload} chooses the format, but --format {weights} was asked", param="for")

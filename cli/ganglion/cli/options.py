@@ -125,6 +125,10 @@ SharesOption = Annotated[
         "--shares", help="Relative shares, one a device of --devices, with commas, as in 2,1,1.", show_default=False
     ),
 ]
+PayloadOption = Annotated[
+    str,
+    typer.Option("--payload", help="How partial sums travel, in fast classes: auto, full, fp16 or int8."),
+]
 TopologyOption = Annotated[str, typer.Option("--topology", help="How partial sums are exchanged: auto, mesh or star.")]
 ContextOption = Annotated[
     int,

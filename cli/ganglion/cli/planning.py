@@ -20,6 +20,7 @@ from ganglion.cli.options import (
     ModelArgument,
     ModeOption,
     NameOption,
+    PayloadOption,
     PrefixTokensOption,
     PrivateOption,
     SessionsOption,
@@ -47,6 +48,7 @@ async def plan(
     devices: DevicesOption = "",
     shares: SharesOption = "",
     topology: TopologyOption = "auto",
+    payload: PayloadOption = "auto",
     context: ContextOption = 0,
     sessions: SessionsOption = 0,
     prefix_tokens: PrefixTokensOption = None,
@@ -67,7 +69,7 @@ async def plan(
 
     wish = Wish.of(
         weights=weights, workload=workload, fast=fast, mode=mode, devices=devices, shares=shares, topology=topology,
-        context=context, sessions=sessions, prefix_tokens=prefix_tokens, private=private,
+        payload=payload, context=context, sessions=sessions, prefix_tokens=prefix_tokens, private=private,
     )  # fmt: skip
     root = root_of(home)
     async with admin(root) as line:

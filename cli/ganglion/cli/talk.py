@@ -21,6 +21,7 @@ from ganglion.cli.options import (
     ModelArgument,
     ModeOption,
     NameOption,
+    PayloadOption,
     PrefixTokensOption,
     PrivateOption,
     SessionsOption,
@@ -68,6 +69,7 @@ async def run(
     devices: DevicesOption = "",
     shares: SharesOption = "",
     topology: TopologyOption = "auto",
+    payload: PayloadOption = "auto",
     context: ContextOption = 0,
     sessions: SessionsOption = 0,
     prefix_tokens: PrefixTokensOption = None,
@@ -84,7 +86,7 @@ async def run(
     root = root_of(home)
     wish = Wish.of(
         weights=weights, workload=workload, fast=fast, mode=mode, devices=devices, shares=shares, topology=topology,
-        context=context, sessions=sessions, prefix_tokens=prefix_tokens, private=private,
+        payload=payload, context=context, sessions=sessions, prefix_tokens=prefix_tokens, private=private,
     )  # fmt: skip
     async with admin(root) as line:
         deployed = await ensure_ready(root, line, model, name=name, wish=wish)

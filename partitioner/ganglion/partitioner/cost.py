@@ -91,6 +91,10 @@ class Network:
                 return self._links[pair].reachable
         return True
 
+    def apart(self, ids: Sequence[str]) -> bool:
+        """Whether any two of them are different machines."""
+        return len({self._hosts.get(one) for one in ids}) > 1
+
     def hop(self, a: str, b: str) -> Hop:
         """The link of two devices, the worse figure of both directions."""
         found = [self._links[pair] for pair in ((a, b), (b, a)) if pair in self._links]

@@ -43,6 +43,7 @@ from ganglion.wire.nouns import PREFIX_BLOCK_TOKENS, Manifest, Plan, PlanOptions
 from ganglion.wire.nouns.plan import Payload, Topology
 
 SESSIONS: Final = 16  # at a time, where none were asked for
+OVERLAP_PAYS: Final = 1.5  # times reading the weights once: what the sums of a chunk take, at least, to be hidden
 FULL_CONTEXTS: Final = 4  # that fit in the key-value memory of all sessions, at most
 
 Rung = tuple[int, int]
@@ -324,8 +325,22 @@ def _finish(request: Request, outcome: Outcome, parts: Sequence[Slice], stages: 
         stages=stages,
         threads={part.device.node_id: part.threads for part in sorted(parts, key=lambda p: p.device.node_id)},
         payload=payload,
+        overlap=_overlaps(request, stages, payload, context, compute_s),
         prefix_tokens=prefix_tokens,
     )
+
+
+def _overlaps(request: Request, stages: tuple[Stage, ...], payload: Payload, context: int, compute_s: float) -> bool:
+    """Whether large steps run in halves: it reads the weights once more, and hides what sums take between machines."""
+    chunk = request.chunk(context)
+    travel_s = 0.0
+    for stage in stages:
+        ids = [share.device for share in stage.shares]
+        if request.network.apart(ids):
+            for row_bytes, count in request.size.exchanges(stage.layers).items():
+                size_bytes = int(PAYLOADS[payload] * row_bytes * chunk)
+                travel_s += count * exchange_s(request.network, ids, stage.topology, size_bytes)
+    return travel_s > OVERLAP_PAYS * compute_s
 
 
 def _payload(request: Request, stages: tuple[Stage, ...], context: int) -> Payload:

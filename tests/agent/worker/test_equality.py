@@ -7,6 +7,7 @@ import asyncio
 import msgspec
 import pytest
 
+from ganglion.agent.executor.executor import Executor
 from ganglion.agent.lead.scheduler import Scheduler
 
 PROMPT = [72, 101, 108, 108, 111, 44, 32, 119, 111, 114, 108, 100, 33, 10, 84, 104, 101, 32, 99, 97, 116]
@@ -102,3 +103,45 @@ async def test_sessions_that_are_put_back_go_on_as_if_nothing_had_been(cluster, 
     )
     assert await asyncio.gather(*(tight.tokens(prompt, 16, **options) for prompt in prompts)) == expected
     assert put_back
+
+
+@pytest.mark.parametrize("weights", ["int4", "fp32"])
+@pytest.mark.parametrize(
+    ("layout", "topology"), [([[1, 2]], "mesh"), ([[2, 1, 1]], "star"), ([[1, 1], [2, 1]], "mesh")]
+)
+async def test_halves_whose_sums_travel_meanwhile_change_nothing(
+    cluster, model, monkeypatch, layout, topology, weights
+):
+    cut = model("llama", weights)
+    split: list[int] = []
+    halves = Executor.halves
+
+    def watched(self, batch):
+        split.append(batch.rows)
+        return halves(self, batch)
+
+    monkeypatch.setattr(Executor, "halves", watched)
+    running = await cluster(
+        cut, layout, topology, chunk=8, change=lambda plan: msgspec.structs.replace(plan, overlap=True)
+    )
+    expected = cut.runner.greedy(PROMPT, 6)
+    assert await asyncio.gather(*(running.tokens(PROMPT, 6) for _ in range(2))) == [expected] * 2
+    assert set(split) <= set(range(4, 9))
+    assert split
+
+
+async def test_sums_that_are_rounded_on_the_way_are_those_of_the_plan_alone(cluster, model):
+    """On a mesh every device rounds alike: twice the same, near what travels whole, and fewer bytes."""
+    cut = model("llama", "int4-fast")
+    sent, answers = {}, {}
+    for payload in ("full", "fp16", "int8"):
+        running = await cluster(
+            cut, [[1, 1]], change=lambda plan, payload=payload: msgspec.structs.replace(plan, payload=payload)
+        )
+        first, again = await running.answer(PROMPT, 8, top_logprobs=0), await running.answer(PROMPT, 8, top_logprobs=0)
+        assert first[0] == again[0]
+        answers[payload] = [token.logprob for token in first[0]]
+        sent[payload] = running.lanes(0)[1].sent_bytes
+    assert sent["int8"] < sent["fp16"] < sent["full"]
+    for payload, tolerance in (("fp16", 0.05), ("int8", 0.5)):
+        assert abs(answers[payload][0] - answers["full"][0]) < tolerance

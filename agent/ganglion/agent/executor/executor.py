@@ -14,7 +14,7 @@ session's rows, which its next row overwrites, so the buffers have room for it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,8 @@ class Executor:
         capacity = max(plan.chunk, plan.sessions)
         every = (*shard.segments, *shard.prompt)
         self._buffers = Rows(capacity, geometry.hidden, every, exact=self._exact)
+        split = any(len(stage.shares) > 1 for stage in plan.stages)
+        self._later = Rows(capacity if split else 0, geometry.hidden, every, exact=self._exact)  # of a batch's rows
         self._head_rows = Rows(plan.sessions, geometry.hidden, exact=self._exact)
         self._parts = manifest.handover == "parts"
         self._ropes = {name: rope_tables(tables, plan.context, open_piece) for name, tables in manifest.ropes.items()}
@@ -170,6 +172,35 @@ class Executor:
         """The current residual [rows, hidden] float32; to be filled before the first segment."""
         return batch.buffers.res[batch.parity][: batch.rows]
 
+    def halves(self, batch: Batch) -> tuple[Batch, Batch]:
+        """The rows of a batch in two that run one after the other, segment by segment; `join` puts them together.
+
+        Invariant: a session's earlier rows are in the first, which has run a segment before the second does.
+        """
+        middle = batch.rows // 4 * 2  # even: exact attention has nothing to pad then
+        sooner, later = list[SessionRows](), list[SessionRows]()
+        for one in batch.entries:
+            count = min(one.count, max(0, middle - one.first))
+            if count:
+                sooner.append(replace(one, count=count))
+            if count < one.count:
+                first = one.first + count - middle
+                later.append(replace(one, start=one.start + count, count=one.count - count, first=first))
+        rows = batch.rows - middle
+        for mine, whole in ((self._later.res[0], batch.buffers.res), (self._later.delta[0], batch.buffers.delta)):
+            mine[:rows] = whole[batch.parity][middle : batch.rows]
+        return (
+            Batch(tuple(sooner), middle, batch.role, batch.buffers, batch.parity),
+            Batch(tuple(later), rows, batch.role, self._later),
+        )
+
+    def join(self, batch: Batch, halves: tuple[Batch, Batch]) -> None:
+        """Put the rows of both halves, which have run alike, back into their batch."""
+        sooner, later = halves
+        batch.parity = sooner.parity
+        for mine, whole in ((later.buffers.res, batch.buffers.res), (later.buffers.delta, batch.buffers.delta)):
+            whole[batch.parity][sooner.rows : batch.rows] = mine[later.parity][: later.rows]
+
     def take(self, batch: Batch, handed: NDArray[np.float32]) -> None:
         """Begin with what the stage before handed on, in the shape of `handed_width`."""
         hidden = self._head_rows.res[0].shape[1]
@@ -202,33 +233,33 @@ class Executor:
             buffers.run_first(place, one, before, parity, rows)
         if one.attends:
             for entry in batch.entries:
-                self._attend(place, one, entry)
+                self._attend(place, one, entry, buffers)
             buffers.run_last(place, one, parity, rows)
         if one.segment.takes != "carry":
             batch.parity = 1 - parity
         return partial
 
-    def _attend(self, place: Place, one: LoadedSegment, entry: SessionRows) -> None:
+    def _attend(self, place: Place, one: LoadedSegment, entry: SessionRows, buffers: Rows) -> None:
         state, session = entry.state, one.sessions[1]
         state.total[0] = entry.start + entry.count
         state.seqlens[0] = entry.start + entry.count - 1
-        if entry.count > 1:
-            session.run_with_iobinding(self._bind_attention(place[1], one, entry))
+        if entry.count > 1 or buffers is self._later:
+            session.run_with_iobinding(self._bind_attention(place[1], one, entry, buffers))
             return
         bound = self._bound.setdefault(entry.session, {})
         first, binding = bound.get(place, (-1, None))
         if first != entry.first:
-            binding = self._bind_attention(place[1], one, entry)
+            binding = self._bind_attention(place[1], one, entry, buffers)
             bound[place] = entry.first, binding
         session.run_with_iobinding(binding)
 
-    def _bind_attention(self, index: int, one: LoadedSegment, entry: SessionRows) -> Any:
+    def _bind_attention(self, index: int, one: LoadedSegment, entry: SessionRows, buffers: Rows) -> Any:
         state, layer = entry.state, self._attention.index(index)
         binding = one.sessions[1].io_binding()
         stop = entry.first + entry.count
         keys, values = as_value(state.keys[layer]), as_value(state.values[layer])
         inputs = [
-            ("projected", as_value(self._buffers.projected(one, stop)[entry.first :])),
+            ("projected", as_value(buffers.projected(one, stop)[entry.first :])),
             ("past_key", keys),
             ("past_value", values),
             ("seqlens_k", as_value(state.seqlens)),
@@ -238,7 +269,7 @@ class Executor:
             inputs += zip(("cos", "sin"), self._rope_values[one.segment.rope], strict=True)
         for name, value in inputs:
             binding.bind_ortvalue_input(name, value)
-        binding.bind_ortvalue_output("attended", as_value(self._buffers.attended(one, stop)[entry.first :]))
+        binding.bind_ortvalue_output("attended", as_value(buffers.attended(one, stop)[entry.first :]))
         binding.bind_ortvalue_output("present_key", keys)  # the same buffer as the past: written in place
         binding.bind_ortvalue_output("present_value", values)
         return binding

@@ -68,6 +68,7 @@ class Plan(Document, frozen=True, kw_only=True):
     stages: tuple[Stage, ...]
     threads: dict[str, int]  # node id -> intra-op threads
     payload: Payload = "full"  # how partial sums travel; rounded in fast classes only
+    overlap: bool = False  # large steps run in halves: while the sums of one travel, the other computes
     # tokens whose key-value state is kept for later sessions; 0: none
     prefix_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**24, multiple_of=PREFIX_BLOCK_TOKENS)] = 0
 
