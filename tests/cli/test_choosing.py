@@ -18,8 +18,8 @@ from ganglion.wire.errors import InvalidRequest
 from ganglion.wire.nouns import DeviceProfile, FormatRate, NumericClass, to_json
 
 OPTIONS: dict[str, Any] = {
-    "fast": False, "mode": "auto", "devices": "", "shares": "", "topology": "auto",
-    "context": 0, "sessions": 0, "private": False,
+    "fast": False, "mode": "auto", "devices": "", "shares": "", "topology": "auto", "payload": "auto",
+    "context": 0, "sessions": 0, "prefix_tokens": None, "private": False,
 }  # fmt: skip
 
 

@@ -74,7 +74,8 @@ class Wish:
             )
         document = {
             "mode": mode, "devices": names, "shares": parts, "topology": topology,
-            "payload": payload, "context": context, "sessions": sessions, "prefix_tokens": prefix_tokens, "private": private,
+            "payload": payload, "context": context, "sessions": sessions,
+            "prefix_tokens": prefix_tokens, "private": private,
         }  # fmt: skip
         if workload is not None and weights not in (None, "auto"):
             raise InvalidRequest(f"--for {workload} chooses the format, but --format {weights} was asked", param="for")
