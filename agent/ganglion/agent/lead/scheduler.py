@@ -129,9 +129,10 @@ class Scheduler:
         if self._role == "any":
             return "any"
         turns: tuple[Role, Role] = ("prompt", "generated") if self._role == "generated" else ("generated", "prompt")
-        return next(
-            (role for role in turns if any(self._ready(run, role) for run in self._active.values())), self._role
-        )
+        for role in turns:
+            if any(self._ready(run, role) for run in self._active.values()):
+                return role
+        return self._role
 
     @staticmethod
     def _ready(run: _Run, role: Role) -> bool:
