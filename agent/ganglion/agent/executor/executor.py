@@ -163,7 +163,8 @@ class Executor:
 
     def run(self, batch: Batch, index: int) -> Delta:
         """Run segment `index`; returns its partial sum: [rows, width], zeros where this device has no group of it."""
-        segments, place = self._by_role[batch.role], (batch.role, index)
+        segments = self._by_role[batch.role]
+        place: Place = (batch.role, index)
         one, before = segments[index], segments[index - 1] if index else None
         buffers, parity, rows = batch.buffers, batch.parity, batch.rows
         partial = buffers.partial(one, parity, rows)
