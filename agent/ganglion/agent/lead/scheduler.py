@@ -59,6 +59,7 @@ class _Run:
     known: int
     held: int = 0
     admitted: int = 0  # its number among all admissions, the latest highest
+    room: int = 0  # tokens that it had when it was admitted, for which devices make room at once
 
     @property
     def decodes(self) -> bool:
@@ -66,12 +67,12 @@ class _Run:
 
     @property
     def lent(self) -> int:
-        """Tokens of key-value state: room for the prompt at once, and for the row that an exact class writes beyond."""
+        """Tokens of key-value state, with room for the row that an exact class writes beyond those that have run."""
         return self.needed(0) if self.held else 0
 
     def needed(self, more: int) -> int:
         """Tokens of key-value state that it is lent when `more` rows have run."""
-        return capacity_for(max(self.held + more, self.prompt) + 1)
+        return capacity_for(max(self.held + more, self.room) + 1)
 
     def waiting(self, role: Role) -> int:
         """Rows that wait to be run now, of this role."""
@@ -224,7 +225,7 @@ class Scheduler:
                 return
             self._queue.remove(chosen)
             self._admissions += 1
-            chosen.admitted = self._admissions
+            chosen.admitted, chosen.room = self._admissions, chosen.known
             chosen.held = self._begin(chosen.session)
             self._active[chosen.session] = chosen
 
