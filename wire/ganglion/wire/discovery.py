@@ -12,7 +12,14 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from zeroconf import BadTypeInNameException, InterfaceChoice, NonUniqueNameException, ServiceStateChange, Zeroconf
+from zeroconf import (
+    BadTypeInNameException,
+    DNSQuestionType,
+    InterfaceChoice,
+    NonUniqueNameException,
+    ServiceStateChange,
+    Zeroconf,
+)
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
 from ganglion.wire.address import join_address
@@ -21,6 +28,8 @@ from ganglion.wire.hello import distribution_version
 
 SERVICE: Final = "_ganglion._tcp.local."
 _RESOLVE_MS: Final = 2000
+# Of several sockets of one machine on mDNS's port an answer to one asker reaches any; one to the group reaches all.
+_ASKED: Final = DNSQuestionType.QM
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ async def browse(*, seconds: float, interfaces: Sequence[str] | None = None) -> 
             names.add(name)
 
     async with _zeroconf(interfaces) as zeroconf:
-        browser = AsyncServiceBrowser(zeroconf.zeroconf, SERVICE, handlers=[changed])
+        browser = AsyncServiceBrowser(zeroconf.zeroconf, SERVICE, handlers=[changed], question_type=_ASKED)
         try:
             await asyncio.sleep(seconds)
         finally:
@@ -109,7 +118,7 @@ async def find(*, timeout_s: float, interfaces: Sequence[str] | None = None) -> 
             answers.put_nowait(name)
 
     async with _zeroconf(interfaces) as zeroconf:
-        browser = AsyncServiceBrowser(zeroconf.zeroconf, SERVICE, handlers=[changed])
+        browser = AsyncServiceBrowser(zeroconf.zeroconf, SERVICE, handlers=[changed], question_type=_ASKED)
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
@@ -126,7 +135,7 @@ async def find(*, timeout_s: float, interfaces: Sequence[str] | None = None) -> 
 
 async def _resolve(zeroconf: Zeroconf, name: str) -> Found | None:
     info = AsyncServiceInfo(SERVICE, name)
-    if not await info.async_request(zeroconf, _RESOLVE_MS) or info.port is None:
+    if not await info.async_request(zeroconf, _RESOLVE_MS, question_type=_ASKED) or info.port is None:
         return None
     # What strangers announce is bounded and parsed here; a malformed announcement is none.
     properties = info.decoded_properties
