@@ -270,10 +270,8 @@ def test_A4_another_protocol_is_named_with_the_supported_range(protocol: int) ->
 
 
 def test_a_persons_own_environment_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("GRPC_EXPERIMENTS", "GRPC_VERBOSITY"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
     assert "GRPC_VERBOSITY" in tuned_environment()
     monkeypatch.setenv("GRPC_VERBOSITY", "DEBUG")
-    monkeypatch.setenv("GRPC_EXPERIMENTS", "")
     assert tuned_environment() == {}
     assert os.environ["GRPC_VERBOSITY"] == "DEBUG"
