@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 from google.protobuf.message import DecodeError
 
@@ -30,6 +31,8 @@ from ganglion.wire.errors import GanglionError, Internal, ProtocolViolation
 from ganglion.wire.frames import Expectation, Kind
 from ganglion.wire.lane import Lane
 from ganglion.wire.nouns import Manifest, Plan
+
+TELLING_TURNS: Final = 8  # of the event loop between two steps, while a token waits to be sent
 
 
 @dataclass(slots=True)
@@ -188,7 +191,18 @@ class Lead:
                 await self._work.wait()
                 continue
             await self._run_step(step)
-            await asyncio.sleep(0)  # a device alone never waits: let sessions come, go and be told
+            await self._let_tell()
+
+    async def _let_tell(self) -> None:
+        """Let sessions come, go and be told, which a device alone never waits for.
+
+        A session's stream takes a few turns of the loop: to hear that the token before was sent, then to send this one.
+        Without them a token would leave one step late.
+        """
+        for _ in range(TELLING_TURNS):
+            await asyncio.sleep(0)
+            if not any(session.untold for session in self._sessions.values()):
+                return
 
     async def _run_step(self, step: Step) -> None:
         marks = self._marks()

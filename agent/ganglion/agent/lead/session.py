@@ -128,6 +128,11 @@ class Session:
         self.ended = True
         self._queue.put_nowait(error)
 
+    @property
+    def untold(self) -> bool:
+        """Whether tokens wait that its stream has not taken."""
+        return not self._queue.empty()
+
     def _timings(self) -> lane_pb2.Timings:
         wall, spent = time.perf_counter() - self._opened, self.spent
         parts = (spent.queue_s, spent.compute_s, spent.exchange_s, spent.seal_s, spent.sample_s)
