@@ -32,7 +32,7 @@ from ganglion.wire.frames import Expectation, Kind
 from ganglion.wire.lane import Lane
 from ganglion.wire.nouns import Manifest, Plan
 
-TELLING_TURNS: Final = 8  # of the event loop between two steps, while a token waits to be sent
+TELLING_TURNS: Final = 4  # of the event loop between two steps, while a token waits to be sent
 
 
 @dataclass(slots=True)
