@@ -31,7 +31,7 @@ class LlamaCpp:
     """llama-cpp-python."""
 
     def __init__(self, path: str, threads: int, context: int) -> None:
-        import llama_cpp
+        import llama_cpp  # pyright: ignore[reportMissingImports]
 
         from ganglion.cli.bench.rivals import built_with
 
