@@ -16,7 +16,6 @@ import numpy as np
 
 from ganglion.wire.errors import InvalidDocument
 from ganglion.wire.nouns import DeviceProfile, FormatRate, Manifest, NumericClass, Range, Segment
-from ganglion.wire.nouns.plan import Payload
 
 WEIGHTS_FACTOR: Final = 1.2  # anonymous memory per byte of weights after a default load (notes/onnxruntime.md, Memory)
 MIXTURE_WEIGHTS_FACTOR: Final = 1.4  # QMoE keeps more of what it packs
@@ -24,10 +23,6 @@ EXPERT_ROW_BYTES: Final = 16  # a number of a row, for each expert that the row 
 WORKER_OVERHEAD_BYTES: Final = 160 << 20  # interpreter, ONNX Runtime, grpc: measured 120 MB, rounded up
 RUN_S: Final = 20e-6  # starting one segment: bindings, a dummy row of attention
 COLD_RUN_S: Final = 60e-6  # a thread pool that slept during an exchange
-PAYLOADS: Final[dict[Payload, float]] = {"full": 1.0, "fp16": 0.5, "int8": 0.265625}  # bytes of sums, to float32's
-ROUNDING_S: Final = 30e-6  # of one sum there and back, and of its bytes before rounding: measured, one thread
-ROUNDING_BYTES_PER_S: Final = 1e9
-ROUNDING_PAYS: Final = 0.9  # of the time of exchanges, below which sums are rounded further
 HOP_S: Final = 30e-6  # sealing, opening and waking at the end of a hop, beyond the measured round trip
 DECODE_DEPTH_TOKENS: Final = 512  # tokens already held, when a candidate's time is predicted
 KV_GRAIN_TOKENS: Final = 512  # key-value buffers hold 512 * 2**n tokens (D15)
@@ -319,30 +314,3 @@ def exchange_s(network: Network, ids: Sequence[str], topology: Literal["mesh", "
         one_s = max(hop.latency_s for hop in hops) + sum(size_bytes / hop.bytes_per_s for hop in hops)
         slowest = max(slowest, one_s)
     return slowest
-
-
-def choose_payload(
-    network: Network, ids: Sequence[str], topology: Literal["mesh", "star"], exchanges: Mapping[int, int], chunk: int
-) -> Payload:
-    """How sums travel among `ids` in a fast class: rounded where the links' throughput, not their latency, decides.
-
-    exchanges: how many of a row there are, by bytes; a row of a prompt counts as much as one of an answer. Within one
-    machine rounding takes longer than it saves.
-    """
-    if not network.apart(ids):
-        return "full"
-
-    def one_s(payload: Payload, size_bytes: int) -> float:
-        rounding_s = 0.0 if payload == "full" else ROUNDING_S + size_bytes / ROUNDING_BYTES_PER_S
-        return exchange_s(network, ids, topology, int(PAYLOADS[payload] * size_bytes)) + rounding_s
-
-    def seconds(payload: Payload) -> float:
-        return sum(
-            count * (one_s(payload, size) + one_s(payload, size * chunk) / chunk) for size, count in exchanges.items()
-        )
-
-    chosen: Payload = "full"
-    for payload in PAYLOADS:
-        if seconds(payload) < ROUNDING_PAYS * seconds(chosen):
-            chosen = payload
-    return chosen

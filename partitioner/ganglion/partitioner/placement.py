@@ -23,7 +23,8 @@ from ganglion.partitioner.cost import (
     decode_rate,
     rate_key,
 )
-from ganglion.partitioner.placement_candidates import FULL_CONTEXTS, Outcome, Request, pipeline, tensor
+from ganglion.partitioner.placement_candidates import pipeline, tensor
+from ganglion.partitioner.placement_request import FULL_CONTEXTS, Outcome, Request
 from ganglion.wire.errors import InvalidRequest, NotFound, PermissionDenied
 from ganglion.wire.nouns import Candidate, Manifest, PlanOptions, PlanReport, digest
 

@@ -7,26 +7,23 @@ the sum over its segments when layers are alike (a lower bound otherwise).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from ganglion.partitioner.cost import (
     COLD_RUN_S,
     DECODE_DEPTH_TOKENS,
     HEAD_LAYER,
-    PAYLOADS,
     RUN_S,
     AxisBytes,
     Device,
     ModelSize,
-    Network,
     Slice,
-    choose_payload,
     exchange_s,
     kv_capacity_tokens,
     slices,
 )
 from ganglion.partitioner.placement_order import arrange, chain
+from ganglion.partitioner.placement_request import FULL_CONTEXTS, Outcome, Request, Rung
 from ganglion.partitioner.placement_split import (
     AxisLoad,
     Counts,
@@ -39,69 +36,14 @@ from ganglion.partitioner.placement_split import (
     proportional_layers,
     shortage,
 )
-from ganglion.wire.nouns import PREFIX_BLOCK_TOKENS, Manifest, Plan, PlanOptions, Range, Share, Stage
-from ganglion.wire.nouns.plan import Payload, Topology
+from ganglion.partitioner.placement_sums import PAYLOADS, overlaps, payload_of
+from ganglion.wire.nouns import PREFIX_BLOCK_TOKENS, Plan, Range, Share, Stage
+from ganglion.wire.nouns.plan import Topology
 
 SESSIONS: Final = 16  # at a time, where none were asked for
-OVERLAP_PAYS: Final = 1.5  # times reading the weights once: what the sums of a chunk take, at least, to be hidden
-FULL_CONTEXTS: Final = 4  # that fit in the key-value memory of all sessions, at most
-
-Rung = tuple[int, int]
-"""(context in tokens, full contexts that fit in the key-value memory)."""
 
 EMPTY = Range(0, 0)
-KEPT_TOKENS = 8192  # of earlier sessions at most, unless more are asked for: several long chats
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What every candidate of one call shares; `rungs` from the most wanted to the least."""
-
-    manifest: Manifest
-    manifest_digest: str
-    size: ModelSize
-    network: Network
-    options: PlanOptions
-    rungs: tuple[Rung, ...]
-
-    def chunk(self, context: int) -> int:
-        """Rows of a step at most."""
-        return min(self.options.chunk or 256, context)
-
-    def kv_tokens(self, rung: Rung) -> int:
-        """Tokens of key-value state that must fit: of the sessions, and those asked to be kept of earlier ones."""
-        return rung[1] * kv_capacity_tokens(rung[0]) + self.prefix_tokens
-
-    @property
-    def prefix_tokens(self) -> int:
-        """Tokens that were asked to be kept of earlier sessions, in whole blocks."""
-        return -(-(self.options.prefix_tokens or 0) // PREFIX_BLOCK_TOKENS) * PREFIX_BLOCK_TOKENS
-
-
-@dataclass(slots=True)
-class Outcome:
-    """A predicted candidate; without a plan, `problem` says why there is none."""
-
-    mode: Literal["single", "tensor", "pipeline"]
-    devices: tuple[Device, ...]
-    plan: Plan | None = None
-    problem: str = ""
-    compute_s: float = 0.0
-    exchange_s: float = 0.0
-    exchanges: str = ""
-    remarks: list[str] = field(default_factory=list)
-    memory_bytes: dict[str, int] = field(default_factory=dict)
-    available_bytes: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def ms_per_token(self) -> float:
-        """Predicted milliseconds of a decoded token."""
-        return (self.compute_s + self.exchange_s) * 1e3
-
-    @property
-    def title(self) -> str:
-        """For example "tensor over a, b"."""
-        return f"{self.mode} {'on' if self.mode == 'single' else 'over'} {', '.join(d.name for d in self.devices)}"
+KEPT_TOKENS: Final = 8192  # of earlier sessions at most, unless more are asked for: several long chats
 
 
 def tensor(request: Request, devices: Sequence[Device]) -> Outcome:
@@ -278,7 +220,7 @@ def _finish(request: Request, outcome: Outcome, parts: Sequence[Slice], stages: 
     by_id = {part.device.node_id: part for part in parts}
     hidden_bytes = request.manifest.geometry.hidden * (8 if request.manifest.handover == "parts" else 4)
     compute_s = handover_s = sums_s = 0.0
-    payload = _payload(request, stages, context)
+    payload = payload_of(request, stages, context)
     sums = handovers = 0
     for index, stage in enumerate(stages):
         ids = [share.device for share in stage.shares]
@@ -325,46 +267,9 @@ def _finish(request: Request, outcome: Outcome, parts: Sequence[Slice], stages: 
         stages=stages,
         threads={part.device.node_id: part.threads for part in sorted(parts, key=lambda p: p.device.node_id)},
         payload=payload,
-        overlap=_overlaps(request, stages, payload, context, compute_s),
+        overlap=overlaps(request, stages, payload, context, compute_s),
         prefix_tokens=prefix_tokens,
     )
-
-
-def _overlaps(request: Request, stages: tuple[Stage, ...], payload: Payload, context: int, compute_s: float) -> bool:
-    """Whether large steps run in halves: it reads the weights once more, and hides what sums take between machines."""
-    chunk = request.chunk(context)
-    travel_s = 0.0
-    for stage in stages:
-        ids = [share.device for share in stage.shares]
-        if request.network.apart(ids):
-            for row_bytes, count in request.size.exchanges(stage.layers).items():
-                size_bytes = int(PAYLOADS[payload] * row_bytes * chunk)
-                travel_s += count * exchange_s(request.network, ids, stage.topology, size_bytes)
-    return travel_s > OVERLAP_PAYS * compute_s
-
-
-def _payload(request: Request, stages: tuple[Stage, ...], context: int) -> Payload:
-    """How the sums of a plan travel: as its slowest stage would choose, and as they are in exact classes."""
-    wished = request.options.payload
-    if request.manifest.numeric_class.exact:
-        return "full"
-    split = [stage for stage in stages if len(stage.shares) > 1]
-    if wished != "auto":
-        return wished if split else "full"
-    chosen: list[Payload] = [
-        choose_payload(
-            request.network,
-            [share.device for share in stage.shares],
-            stage.topology,
-            request.size.exchanges(stage.layers),
-            request.chunk(context),
-        )
-        for stage in split
-    ]
-    for payload in reversed(PAYLOADS):
-        if payload in chosen:
-            return payload
-    return "full"
 
 
 def _keep_what_fits(
