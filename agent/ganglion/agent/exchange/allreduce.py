@@ -18,7 +18,11 @@ _NOTHING: Final = np.empty((0, 0))
 
 
 class AllReduce:
-    """One device's part of the sums of its stage; `lanes` by rank. payload: how they travel."""
+    """One device's part of the sums of its stage; `lanes` by rank. payload: how they travel.
+
+    A sum is a `give` and a `take`, with other work between them or none. Both raise what the lanes raise: DeviceLost,
+    ProtocolViolation.
+    """
 
     def __init__(self, part: ExchangePlan, rank: int, lanes: Mapping[int, Lane], payload: Payload = "full") -> None:
         self._send_own = tuple(lanes[other] for other in part.send_own_to)
@@ -30,21 +34,15 @@ class AllReduce:
         self._came: list[NDArray[Any]] = [_NOTHING] * (len(part.add) + 1)
         self._terms: list[NDArray[Any]] = [_NOTHING] * len(part.add)
 
-    async def reduce(self, step: int, exchange: int, own: NDArray[Any]) -> None:
-        """Make `own` [rows, columns] (float64 in exact classes, else float32) the sum over devices, in place.
-
-        Raises what the lanes raise: DeviceLost, ProtocolViolation.
-        """
-        await self.give(step, exchange, own)
-        await self.take(step, exchange, own)
-
     async def give(self, step: int, exchange: int, own: NDArray[Any]) -> None:
-        """The first half of `reduce`: send what this device adds. `own` becomes what travels."""
+        """Send what this device adds, `own` [rows, columns] (float64 in exact classes, else float32), which becomes
+        what travels.
+        """
         if self._send_own:
             await self._send(self._send_own, step, exchange, own)
 
     async def take(self, step: int, exchange: int, own: NDArray[Any]) -> None:
-        """The second half: receive what the others add, or the sum."""
+        """Make `own`, as `give` left it, the sum over devices, in place: receive what the others add, or the sum."""
         if self._take_sum is not None:
             await self._receive(self._take_sum, -1, step, exchange, own)
             return
