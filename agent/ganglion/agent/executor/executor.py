@@ -72,8 +72,8 @@ class Executor:
         capacity = max(plan.chunk, plan.sessions)
         every = (*shard.segments, *shard.prompt)
         self._buffers = Rows(capacity, geometry.hidden, every, exact=self._exact)
-        split = any(len(stage.shares) > 1 for stage in plan.stages)
-        self._later = Rows(capacity if split else 0, geometry.hidden, every, exact=self._exact)  # of a batch's rows
+        later = plan.chunk // 2 + 2 if plan.overlap else 0
+        self._later = Rows(later, geometry.hidden, every, exact=self._exact)  # of a batch, its second half
         self._head_rows = Rows(plan.sessions, geometry.hidden, exact=self._exact)
         self._parts = manifest.handover == "parts"
         self._ropes = {name: rope_tables(tables, plan.context, open_piece) for name, tables in manifest.ropes.items()}
