@@ -25,7 +25,6 @@ RUN_S: Final = 20e-6  # starting one segment: bindings, a dummy row of attention
 COLD_RUN_S: Final = 60e-6  # a thread pool that slept during an exchange
 HOP_S: Final = 30e-6  # sealing, opening and waking at the end of a hop, beyond the measured round trip
 DECODE_DEPTH_TOKENS: Final = 512  # tokens already held, when a candidate's time is predicted
-KV_GRAIN_TOKENS: Final = 512  # key-value buffers hold 512 * 2**n tokens (D15)
 
 # Assumed where a pair was not measured: a busy home network, so that an unknown link is never a reason to split.
 PRIOR_RTT_S: Final = 5e-3
@@ -130,14 +129,6 @@ def decode_rate(profile: DeviceProfile, numeric_class: NumericClass) -> float:
     """
     measured = rate_of(profile, numeric_class)
     return measured.decode_bytes_per_s if measured is not None else profile.memory_bytes_per_s / 2
-
-
-def kv_capacity_tokens(context: int) -> int:
-    """Tokens that the key-value buffer of one session holds: `context` rounded up to 512 * 2**n."""
-    capacity = KV_GRAIN_TOKENS
-    while capacity < context:
-        capacity *= 2
-    return capacity
 
 
 class ModelSize:

@@ -20,14 +20,13 @@ from ganglion.partitioner.cost import (
     WORKER_OVERHEAD_BYTES,
     Device,
     decode_rate,
-    kv_capacity_tokens,
     rate_of,
 )
 from ganglion.partitioner.families.plans import Core, SegmentPlan
 from ganglion.partitioner.quantize.formats import Format
 from ganglion.partitioner.quantize.recipe import PROMPT, base_of, packed_bits
 from ganglion.wire.errors import InvalidRequest
-from ganglion.wire.nouns import BATCH_ROWS, PREFILL_ROWS, DeviceProfile, NumericClass
+from ganglion.wire.nouns import BATCH_ROWS, PREFILL_ROWS, DeviceProfile, NumericClass, kv_capacity_tokens
 
 WORTH: Final = 1.1  # a format that takes more memory must be so many times as fast
 GIB: Final = 1 << 30

@@ -19,7 +19,6 @@ from ganglion.partitioner.cost import (
     ModelSize,
     Slice,
     exchange_s,
-    kv_capacity_tokens,
     slices,
 )
 from ganglion.partitioner.placement_order import arrange, chain
@@ -37,7 +36,7 @@ from ganglion.partitioner.placement_split import (
     shortage,
 )
 from ganglion.partitioner.placement_sums import PAYLOADS, overlaps, payload_of
-from ganglion.wire.nouns import PREFIX_BLOCK_TOKENS, Plan, Range, Share, Stage
+from ganglion.wire.nouns import PREFIX_BLOCK_TOKENS, Plan, Range, Share, Stage, kv_capacity_tokens
 from ganglion.wire.nouns.plan import Topology
 
 SESSIONS: Final = 16  # at a time, where none were asked for

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from ganglion.partitioner.cost import Device, ModelSize, Network, kv_capacity_tokens
-from ganglion.wire.nouns import PREFIX_BLOCK_TOKENS, Manifest, Plan, PlanOptions
+from ganglion.partitioner.cost import Device, ModelSize, Network
+from ganglion.wire.nouns import PREFIX_BLOCK_TOKENS, Manifest, Plan, PlanOptions, kv_capacity_tokens
 
 FULL_CONTEXTS: Final = 4  # that fit in the key-value memory of all sessions, at most
 

@@ -8,16 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ganglion.wire.errors import Exhausted
-
-CAPACITY_TOKENS = 512
-
-
-def capacity_for(tokens: int) -> int:
-    """The smallest capacity 512 * 2^n that holds `tokens`."""
-    capacity = CAPACITY_TOKENS
-    while capacity < tokens:
-        capacity *= 2
-    return capacity
+from ganglion.wire.nouns import KV_GRAIN_TOKENS, kv_capacity_tokens
 
 
 @dataclass(slots=True)
@@ -61,13 +52,13 @@ class KeyValueLedger:
 
     def open(self, session: int) -> SessionState:
         """New state of the smallest capacity; raises Exhausted naming the figures."""
-        self._charge(CAPACITY_TOKENS)
+        self._charge(KV_GRAIN_TOKENS)
         # Zeros, not empty: masked positions are multiplied by zero, and zero times NaN is NaN.
-        shapes = [(1, groups, CAPACITY_TOKENS, self._head_dim) for groups in self._groups]
+        shapes = [(1, groups, KV_GRAIN_TOKENS, self._head_dim) for groups in self._groups]
         state = SessionState(
             [np.zeros(shape, np.float32) for shape in shapes],
             [np.zeros(shape, np.float32) for shape in shapes],
-            CAPACITY_TOKENS,
+            KV_GRAIN_TOKENS,
         )
         self._states[session] = state
         return state
@@ -76,7 +67,7 @@ class KeyValueLedger:
         """Make room for `tokens`, by copying into larger buffers; True when the buffers changed. Raises Exhausted."""
         if tokens <= state.capacity:
             return False
-        capacity = capacity_for(tokens)
+        capacity = kv_capacity_tokens(tokens)
         self._charge(capacity - state.capacity)
         for buffers in (state.keys, state.values):
             for index, old in enumerate(buffers):

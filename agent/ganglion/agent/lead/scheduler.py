@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ganglion.agent.executor.kv import capacity_for
 from ganglion.agent.roles import Role
 from ganglion.wire.errors import Exhausted, Internal
 from ganglion.wire.limits import SESSIONS_QUEUED
+from ganglion.wire.nouns import kv_capacity_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Step:
 
 @dataclass(slots=True)
 class _Run:
-    """Invariant: held <= known; the next token is drawn when held reaches known. prompt: what it began with."""
+    """Invariant: held, room <= known; the next token is drawn when held reaches known. prompt: what it began with."""
 
     session: int
     client: str
@@ -72,7 +72,7 @@ class _Run:
 
     def needed(self, more: int) -> int:
         """Tokens of key-value state that it is lent when `more` rows have run."""
-        return capacity_for(max(self.held + more, self.room) + 1)
+        return kv_capacity_tokens(max(self.held + more, self.room) + 1)
 
     def waiting(self, role: Role) -> int:
         """Rows that wait to be run now, of this role."""
@@ -102,8 +102,8 @@ class Scheduler:
     """Steps for the sessions of one deployment.
 
     chunk: rows of a step at most. sessions: admitted at a time. kv_tokens: tokens of key-value state of all sessions
-    together, in capacities of `capacity_for`; at least that of one session of a full context. mixed: whether the class
-    mixes formats by role.
+    together, in capacities of `kv_capacity_tokens`; at least that of one session of a full context. mixed: whether the
+    class mixes formats by role.
     """
 
     def __init__(
@@ -220,8 +220,8 @@ class Scheduler:
             for run in self._active.values():
                 running[run.client] = running.get(run.client, 0) + 1
             chosen = min(self._queue, key=lambda run: running.get(run.client, 0))
-            promised = sum(max(run.lent, capacity_for(run.known + 1)) for run in self._active.values())
-            if promised + capacity_for(chosen.known + 1) > self._kv_tokens:
+            promised = sum(kv_capacity_tokens(run.known + 1) for run in (*self._active.values(), chosen))
+            if promised > self._kv_tokens:
                 return
             self._queue.remove(chosen)
             self._admissions += 1

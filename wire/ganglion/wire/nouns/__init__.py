@@ -17,6 +17,7 @@ from ganglion.wire.nouns.manifest import (
     Slot,
 )
 from ganglion.wire.nouns.plan import (
+    KV_GRAIN_TOKENS,
     PREFIX_BLOCK_TOKENS,
     Candidate,
     Plan,
@@ -25,11 +26,13 @@ from ganglion.wire.nouns.plan import (
     Range,
     Share,
     Stage,
+    kv_capacity_tokens,
 )
 
 __all__ = [
     "BATCH_ROWS",
     "EXACT_POSITIONS",
+    "KV_GRAIN_TOKENS",
     "MANIFEST_FORMAT",
     "PREFILL_ROWS",
     "PREFIX_BLOCK_TOKENS",
@@ -55,5 +58,6 @@ __all__ = [
     "Stage",
     "digest",
     "from_json",
+    "kv_capacity_tokens",
     "to_json",
 ]

@@ -12,7 +12,16 @@ from ganglion.wire.nouns.manifest import Count, Digest, NumericClass, Positive
 NodeId = Annotated[str, msgspec.Meta(pattern="^[a-z2-7]{26}$")]
 Topology = Literal["mesh", "star"]
 Payload = Literal["full", "fp16", "int8"]
+KV_GRAIN_TOKENS = 512  # key-value buffers hold 512 * 2**n tokens
 PREFIX_BLOCK_TOKENS = 32  # key-value state is kept for later sessions in blocks of so many tokens
+
+
+def kv_capacity_tokens(tokens: int) -> int:
+    """The smallest capacity 512 * 2**n of a session's key-value buffers that holds `tokens`."""
+    capacity = KV_GRAIN_TOKENS
+    while capacity < tokens:
+        capacity *= 2
+    return capacity
 
 
 class Range(Document, frozen=True, array_like=True):
