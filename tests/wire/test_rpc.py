@@ -275,3 +275,30 @@ def test_a_persons_own_environment_stays(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("GRPC_VERBOSITY", "DEBUG")
     assert tuned_environment() == {}
     assert os.environ["GRPC_VERBOSITY"] == "DEBUG"
+
+
+async def test_a_far_server_is_reached(world: Any) -> None:
+    """The handshakes of a connection take several round trips: longer than the first pause before another attempt."""
+    delay_s = 0.15
+    async with contextlib.AsyncExitStack() as stack:
+        server, agent = world.node(), world.node()
+        bound = await stack.enter_async_context(serving(server, Pieces()))
+        flights = await stack.enter_async_context(asyncio.TaskGroup())
+
+        async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            loop = asyncio.get_running_loop()
+            while data := await reader.read(1 << 16):
+                loop.call_later(delay_s, writer.write, data)
+
+        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            inner, outer = await asyncio.open_connection(bound.host, bound.port)
+            stack.callback(writer.close)
+            stack.callback(outer.close)
+            flights.create_task(carry(reader, outer))
+            flights.create_task(carry(inner, writer))
+
+        between = await stack.enter_async_context(await asyncio.start_server(accept, "127.0.0.1", 0))
+        address = f"127.0.0.1:{between.sockets[0].getsockname()[1]}"
+        async with rpc.channel(address, agent, peer=(server.node_id, Role.AGENT)) as channel:
+            answer = await pieces_pb2_grpc.PiecesStub(channel).Greet(rpc.hello())
+        assert list(answer.features) == ["x"]

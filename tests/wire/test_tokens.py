@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -104,3 +106,29 @@ def test_a_token_that_cannot_be(wrong: dict[str, object]) -> None:
     arguments = {"addresses": ["h:1"], "authority_pin": bytes(16)} | wrong
     with pytest.raises(InvalidRequest):
         mint(OWNER, **arguments)  # type: ignore[arg-type]
+
+
+def test_a_token_that_lets_a_gateway_in_beside_an_agent() -> None:
+    token = mint(OWNER, addresses=["192.168.1.2:7461"], authority_pin=bytes(16), gateway=True, uses=2, now=1000)
+    again = JoinToken.decode(token.encode())
+    assert again == token
+    beside = again.for_gateway
+    assert (again.allows.role, beside.allows.role) == (Role.AGENT.number, Role.GATEWAY.number)
+    assert (beside.allows.label, beside.allows.uses) == (again.allows.label, 2)
+    assert beside.allows.token_id != again.allows.token_id  # each has uses of its own
+    assert beside.allows.expires_unix_s == again.allows.expires_unix_s
+    assert len(again.grants) == 2
+    assert JoinToken.decode(beside.encode()) == beside
+    with pytest.raises(InvalidRequest, match="token create --draft"):
+        _ = TOKEN.for_gateway
+    with pytest.raises(InvalidRequest, match="beside an agent"):
+        mint(OWNER, addresses=["h:1"], authority_pin=bytes(16), gateway=True, role=Role.GATEWAY)
+
+
+def test_a_second_grant_is_the_owner_s_and_a_gateway_s_or_the_token_is_none() -> None:
+    token = mint(OWNER, addresses=["192.168.1.2:7461"], authority_pin=bytes(16), gateway=True)
+    forged = mint(OwnerKey.generate(), addresses=["192.168.1.2:7461"], authority_pin=bytes(16), gateway=True)
+    others = mint(OWNER, addresses=["192.168.1.2:7461"], authority_pin=bytes(16), gateway=True)
+    for grant in (forged.gateway_grant, others.gateway_grant, token.grant):
+        with pytest.raises(Unauthenticated):
+            JoinToken.decode(replace(token, gateway_grant=grant).encode())

@@ -25,55 +25,57 @@ _sym_db = _symbol_database.Default()
 from ganglion.proto import identity_pb2 as ganglion_dot_proto_dot_identity__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aganglion/proto/admin.proto\x12\x0bganglion.v1\x1a\x1dganglion/proto/identity.proto\"B\n\rDeployRequest\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x0f\n\x07options\x18\x02 \x01(\x0c\x12\x0e\n\x06holder\x18\x03 \x01(\t\"\xb0\x01\n\x0b\x44\x65ployEvent\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12+\n\x05phase\x18\x03 \x01(\x0e\x32\x1c.ganglion.v1.DeploymentPhase\x12\x0f\n\x07message\x18\x04 \x01(\t\x12,\n\x07\x64\x65vices\x18\x05 \x03(\x0b\x32\x1b.ganglion.v1.DeviceProgress\x12\x12\n\nerror_code\x18\x06 \x01(\t\"g\n\x0e\x44\x65viceProgress\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05phase\x18\x03 \x01(\t\x12\x12\n\ndone_bytes\x18\x04 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x04\"\x1e\n\x0c\x45xplainReply\x12\x0e\n\x06report\x18\x01 \x01(\x0c\"!\n\x0bStopRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\"\x0b\n\tStopReply\"\x1c\n\x0cWatchRequest\x12\x0c\n\x04once\x18\x01 \x01(\x08\"\x9d\x01\n\tFleetwide\x12)\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x18.ganglion.v1.DeviceState\x12\x31\n\x0b\x64\x65ployments\x18\x02 \x03(\x0b\x32\x1c.ganglion.v1.DeploymentState\x12\x15\n\rtokens_unused\x18\x03 \x01(\r\x12\x1b\n\x13\x63oordinator_version\x18\x04 \x01(\t\"\xe6\x01\n\x0b\x44\x65viceState\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x1f\n\x04role\x18\x03 \x01(\x0e\x32\x11.ganglion.v1.Role\x12&\n\x05label\x18\x04 \x01(\x0e\x32\x17.ganglion.v1.TrustLabel\x12\r\n\x05state\x18\x05 \x01(\t\x12\x0f\n\x07profile\x18\x06 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x07 \x01(\t\x12\x13\n\x0blast_seen_s\x18\x08 \x01(\x01\x12)\n\x06record\x18\t \x01(\x0b\x32\x19.ganglion.v1.SignedRecord\"\x91\x02\n\x0f\x44\x65ploymentState\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x17\n\x0fmanifest_digest\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12+\n\x05phase\x18\x05 \x01(\x0e\x32\x1c.ganglion.v1.DeploymentPhase\x12\x0f\n\x07message\x18\x06 \x01(\t\x12\x0c\n\x04plan\x18\x07 \x01(\x0c\x12\x10\n\x08manifest\x18\x08 \x01(\x0c\x12\x1f\n\x04lead\x18\t \x01(\x0b\x32\x11.ganglion.v1.Peer\x12\"\n\x07holders\x18\n \x03(\x0b\x32\x11.ganglion.v1.Peer\x12\x10\n\x08sessions\x18\x0b \x01(\r\"\x13\n\x11ListTokensRequest\":\n\x0fListTokensReply\x12\'\n\x06tokens\x18\x01 \x03(\x0b\x32\x17.ganglion.v1.TokenState\"R\n\nTokenState\x12%\n\x05grant\x18\x01 \x01(\x0b\x32\x16.ganglion.v1.JoinGrant\x12\x0c\n\x04used\x18\x02 \x01(\r\x12\x0f\n\x07revoked\x18\x03 \x01(\x08\"?\n\x14RegisterTokenRequest\x12\'\n\x05grant\x18\x01 \x01(\x0b\x32\x18.ganglion.v1.SignedGrant\"\x14\n\x12RegisterTokenReply\"&\n\x12RevokeTokenRequest\x12\x10\n\x08token_id\x18\x01 \x01(\t\"\x12\n\x10RevokeTokenReply\"=\n\x10PutRecordRequest\x12)\n\x06record\x18\x01 \x01(\x0b\x32\x19.ganglion.v1.SignedRecord\".\n\rRenameRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\" \n\rRevokeRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t*\x8b\x02\n\x0f\x44\x65ploymentPhase\x12 \n\x1c\x44\x45PLOYMENT_PHASE_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x44\x45PLOYMENT_PHASE_PLANNING\x10\x01\x12\x1e\n\x1a\x44\x45PLOYMENT_PHASE_PREPARING\x10\x02\x12\x1f\n\x1b\x44\x45PLOYMENT_PHASE_CONNECTING\x10\x03\x12\x1a\n\x16\x44\x45PLOYMENT_PHASE_READY\x10\x04\x12\x1f\n\x1b\x44\x45PLOYMENT_PHASE_REPLANNING\x10\x05\x12\x1b\n\x17\x44\x45PLOYMENT_PHASE_FAILED\x10\x06\x12\x1c\n\x18\x44\x45PLOYMENT_PHASE_STOPPED\x10\x07\x32\xea\x05\n\x05\x41\x64min\x12/\n\x05Greet\x12\x12.ganglion.v1.Hello\x1a\x12.ganglion.v1.Hello\x12@\n\x06\x44\x65ploy\x12\x1a.ganglion.v1.DeployRequest\x1a\x18.ganglion.v1.DeployEvent0\x01\x12@\n\x07\x45xplain\x12\x1a.ganglion.v1.DeployRequest\x1a\x19.ganglion.v1.ExplainReply\x12\x38\n\x04Stop\x12\x18.ganglion.v1.StopRequest\x1a\x16.ganglion.v1.StopReply\x12<\n\x05Watch\x12\x19.ganglion.v1.WatchRequest\x1a\x16.ganglion.v1.Fleetwide0\x01\x12J\n\nListTokens\x12\x1e.ganglion.v1.ListTokensRequest\x1a\x1c.ganglion.v1.ListTokensReply\x12S\n\rRegisterToken\x12!.ganglion.v1.RegisterTokenRequest\x1a\x1f.ganglion.v1.RegisterTokenReply\x12M\n\x0bRevokeToken\x12\x1f.ganglion.v1.RevokeTokenRequest\x1a\x1d.ganglion.v1.RevokeTokenReply\x12\x44\n\tPutRecord\x12\x1d.ganglion.v1.PutRecordRequest\x1a\x18.ganglion.v1.DeviceState\x12>\n\x06Rename\x12\x1a.ganglion.v1.RenameRequest\x1a\x18.ganglion.v1.DeviceState\x12>\n\x06Revoke\x12\x1a.ganglion.v1.RevokeRequest\x1a\x18.ganglion.v1.DeviceStateb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aganglion/proto/admin.proto\x12\x0bganglion.v1\x1a\x1dganglion/proto/identity.proto\"S\n\rDeployRequest\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x0f\n\x07options\x18\x02 \x01(\x0c\x12\x0e\n\x06holder\x18\x03 \x01(\t\x12\x0f\n\x07\x64rafter\x18\x04 \x01(\x0c\"\xb0\x01\n\x0b\x44\x65ployEvent\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12+\n\x05phase\x18\x03 \x01(\x0e\x32\x1c.ganglion.v1.DeploymentPhase\x12\x0f\n\x07message\x18\x04 \x01(\t\x12,\n\x07\x64\x65vices\x18\x05 \x03(\x0b\x32\x1b.ganglion.v1.DeviceProgress\x12\x12\n\nerror_code\x18\x06 \x01(\t\"g\n\x0e\x44\x65viceProgress\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05phase\x18\x03 \x01(\t\x12\x12\n\ndone_bytes\x18\x04 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x04\"\x1e\n\x0c\x45xplainReply\x12\x0e\n\x06report\x18\x01 \x01(\x0c\"!\n\x0bStopRequest\x12\x12\n\ndeployment\x18\x01 \x01(\t\"\x0b\n\tStopReply\"\x1c\n\x0cWatchRequest\x12\x0c\n\x04once\x18\x01 \x01(\x08\"\xd0\x01\n\tFleetwide\x12)\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x18.ganglion.v1.DeviceState\x12\x31\n\x0b\x64\x65ployments\x18\x02 \x03(\x0b\x32\x1c.ganglion.v1.DeploymentState\x12\x15\n\rtokens_unused\x18\x03 \x01(\r\x12\x1b\n\x13\x63oordinator_version\x18\x04 \x01(\t\x12\x31\n\x0erefused_offers\x18\x05 \x03(\x0b\x32\x19.ganglion.v1.RefusedOffer\"\xe6\x01\n\x0b\x44\x65viceState\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x1f\n\x04role\x18\x03 \x01(\x0e\x32\x11.ganglion.v1.Role\x12&\n\x05label\x18\x04 \x01(\x0e\x32\x17.ganglion.v1.TrustLabel\x12\r\n\x05state\x18\x05 \x01(\t\x12\x0f\n\x07profile\x18\x06 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x07 \x01(\t\x12\x13\n\x0blast_seen_s\x18\x08 \x01(\x01\x12)\n\x06record\x18\t \x01(\x0b\x32\x19.ganglion.v1.SignedRecord\"\xce\x02\n\x0f\x44\x65ploymentState\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x17\n\x0fmanifest_digest\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12+\n\x05phase\x18\x05 \x01(\x0e\x32\x1c.ganglion.v1.DeploymentPhase\x12\x0f\n\x07message\x18\x06 \x01(\t\x12\x0c\n\x04plan\x18\x07 \x01(\x0c\x12\x10\n\x08manifest\x18\x08 \x01(\x0c\x12\x1f\n\x04lead\x18\t \x01(\x0b\x32\x11.ganglion.v1.Peer\x12\"\n\x07holders\x18\n \x03(\x0b\x32\x11.ganglion.v1.Peer\x12\x10\n\x08sessions\x18\x0b \x01(\r\x12\x12\n\ndrafts_for\x18\x0c \x01(\t\x12\x0f\n\x07\x64rafter\x18\r \x01(\t\x12\x16\n\x0e\x64rafter_digest\x18\x0e \x01(\t\"N\n\x0cRefusedOffer\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\"\x13\n\x11ListTokensRequest\":\n\x0fListTokensReply\x12\'\n\x06tokens\x18\x01 \x03(\x0b\x32\x17.ganglion.v1.TokenState\"R\n\nTokenState\x12%\n\x05grant\x18\x01 \x01(\x0b\x32\x16.ganglion.v1.JoinGrant\x12\x0c\n\x04used\x18\x02 \x01(\r\x12\x0f\n\x07revoked\x18\x03 \x01(\x08\"?\n\x14RegisterTokenRequest\x12\'\n\x05grant\x18\x01 \x01(\x0b\x32\x18.ganglion.v1.SignedGrant\"\x14\n\x12RegisterTokenReply\"&\n\x12RevokeTokenRequest\x12\x10\n\x08token_id\x18\x01 \x01(\t\"\x12\n\x10RevokeTokenReply\"=\n\x10PutRecordRequest\x12)\n\x06record\x18\x01 \x01(\x0b\x32\x19.ganglion.v1.SignedRecord\".\n\rRenameRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\" \n\rRevokeRequest\x12\x0f\n\x07node_id\x18\x01 \x01(\t*\x8b\x02\n\x0f\x44\x65ploymentPhase\x12 \n\x1c\x44\x45PLOYMENT_PHASE_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x44\x45PLOYMENT_PHASE_PLANNING\x10\x01\x12\x1e\n\x1a\x44\x45PLOYMENT_PHASE_PREPARING\x10\x02\x12\x1f\n\x1b\x44\x45PLOYMENT_PHASE_CONNECTING\x10\x03\x12\x1a\n\x16\x44\x45PLOYMENT_PHASE_READY\x10\x04\x12\x1f\n\x1b\x44\x45PLOYMENT_PHASE_REPLANNING\x10\x05\x12\x1b\n\x17\x44\x45PLOYMENT_PHASE_FAILED\x10\x06\x12\x1c\n\x18\x44\x45PLOYMENT_PHASE_STOPPED\x10\x07\x32\xea\x05\n\x05\x41\x64min\x12/\n\x05Greet\x12\x12.ganglion.v1.Hello\x1a\x12.ganglion.v1.Hello\x12@\n\x06\x44\x65ploy\x12\x1a.ganglion.v1.DeployRequest\x1a\x18.ganglion.v1.DeployEvent0\x01\x12@\n\x07\x45xplain\x12\x1a.ganglion.v1.DeployRequest\x1a\x19.ganglion.v1.ExplainReply\x12\x38\n\x04Stop\x12\x18.ganglion.v1.StopRequest\x1a\x16.ganglion.v1.StopReply\x12<\n\x05Watch\x12\x19.ganglion.v1.WatchRequest\x1a\x16.ganglion.v1.Fleetwide0\x01\x12J\n\nListTokens\x12\x1e.ganglion.v1.ListTokensRequest\x1a\x1c.ganglion.v1.ListTokensReply\x12S\n\rRegisterToken\x12!.ganglion.v1.RegisterTokenRequest\x1a\x1f.ganglion.v1.RegisterTokenReply\x12M\n\x0bRevokeToken\x12\x1f.ganglion.v1.RevokeTokenRequest\x1a\x1d.ganglion.v1.RevokeTokenReply\x12\x44\n\tPutRecord\x12\x1d.ganglion.v1.PutRecordRequest\x1a\x18.ganglion.v1.DeviceState\x12>\n\x06Rename\x12\x1a.ganglion.v1.RenameRequest\x1a\x18.ganglion.v1.DeviceState\x12>\n\x06Revoke\x12\x1a.ganglion.v1.RevokeRequest\x1a\x18.ganglion.v1.DeviceStateb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ganglion.proto.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DEPLOYMENTPHASE']._serialized_start=1663
-  _globals['_DEPLOYMENTPHASE']._serialized_end=1930
+  _globals['_DEPLOYMENTPHASE']._serialized_start=1872
+  _globals['_DEPLOYMENTPHASE']._serialized_end=2139
   _globals['_DEPLOYREQUEST']._serialized_start=74
-  _globals['_DEPLOYREQUEST']._serialized_end=140
-  _globals['_DEPLOYEVENT']._serialized_start=143
-  _globals['_DEPLOYEVENT']._serialized_end=319
-  _globals['_DEVICEPROGRESS']._serialized_start=321
-  _globals['_DEVICEPROGRESS']._serialized_end=424
-  _globals['_EXPLAINREPLY']._serialized_start=426
-  _globals['_EXPLAINREPLY']._serialized_end=456
-  _globals['_STOPREQUEST']._serialized_start=458
-  _globals['_STOPREQUEST']._serialized_end=491
-  _globals['_STOPREPLY']._serialized_start=493
-  _globals['_STOPREPLY']._serialized_end=504
-  _globals['_WATCHREQUEST']._serialized_start=506
-  _globals['_WATCHREQUEST']._serialized_end=534
-  _globals['_FLEETWIDE']._serialized_start=537
-  _globals['_FLEETWIDE']._serialized_end=694
-  _globals['_DEVICESTATE']._serialized_start=697
-  _globals['_DEVICESTATE']._serialized_end=927
-  _globals['_DEPLOYMENTSTATE']._serialized_start=930
-  _globals['_DEPLOYMENTSTATE']._serialized_end=1203
-  _globals['_LISTTOKENSREQUEST']._serialized_start=1205
-  _globals['_LISTTOKENSREQUEST']._serialized_end=1224
-  _globals['_LISTTOKENSREPLY']._serialized_start=1226
-  _globals['_LISTTOKENSREPLY']._serialized_end=1284
-  _globals['_TOKENSTATE']._serialized_start=1286
-  _globals['_TOKENSTATE']._serialized_end=1368
-  _globals['_REGISTERTOKENREQUEST']._serialized_start=1370
-  _globals['_REGISTERTOKENREQUEST']._serialized_end=1433
-  _globals['_REGISTERTOKENREPLY']._serialized_start=1435
-  _globals['_REGISTERTOKENREPLY']._serialized_end=1455
-  _globals['_REVOKETOKENREQUEST']._serialized_start=1457
-  _globals['_REVOKETOKENREQUEST']._serialized_end=1495
-  _globals['_REVOKETOKENREPLY']._serialized_start=1497
-  _globals['_REVOKETOKENREPLY']._serialized_end=1515
-  _globals['_PUTRECORDREQUEST']._serialized_start=1517
-  _globals['_PUTRECORDREQUEST']._serialized_end=1578
-  _globals['_RENAMEREQUEST']._serialized_start=1580
-  _globals['_RENAMEREQUEST']._serialized_end=1626
-  _globals['_REVOKEREQUEST']._serialized_start=1628
-  _globals['_REVOKEREQUEST']._serialized_end=1660
-  _globals['_ADMIN']._serialized_start=1933
-  _globals['_ADMIN']._serialized_end=2679
+  _globals['_DEPLOYREQUEST']._serialized_end=157
+  _globals['_DEPLOYEVENT']._serialized_start=160
+  _globals['_DEPLOYEVENT']._serialized_end=336
+  _globals['_DEVICEPROGRESS']._serialized_start=338
+  _globals['_DEVICEPROGRESS']._serialized_end=441
+  _globals['_EXPLAINREPLY']._serialized_start=443
+  _globals['_EXPLAINREPLY']._serialized_end=473
+  _globals['_STOPREQUEST']._serialized_start=475
+  _globals['_STOPREQUEST']._serialized_end=508
+  _globals['_STOPREPLY']._serialized_start=510
+  _globals['_STOPREPLY']._serialized_end=521
+  _globals['_WATCHREQUEST']._serialized_start=523
+  _globals['_WATCHREQUEST']._serialized_end=551
+  _globals['_FLEETWIDE']._serialized_start=554
+  _globals['_FLEETWIDE']._serialized_end=762
+  _globals['_DEVICESTATE']._serialized_start=765
+  _globals['_DEVICESTATE']._serialized_end=995
+  _globals['_DEPLOYMENTSTATE']._serialized_start=998
+  _globals['_DEPLOYMENTSTATE']._serialized_end=1332
+  _globals['_REFUSEDOFFER']._serialized_start=1334
+  _globals['_REFUSEDOFFER']._serialized_end=1412
+  _globals['_LISTTOKENSREQUEST']._serialized_start=1414
+  _globals['_LISTTOKENSREQUEST']._serialized_end=1433
+  _globals['_LISTTOKENSREPLY']._serialized_start=1435
+  _globals['_LISTTOKENSREPLY']._serialized_end=1493
+  _globals['_TOKENSTATE']._serialized_start=1495
+  _globals['_TOKENSTATE']._serialized_end=1577
+  _globals['_REGISTERTOKENREQUEST']._serialized_start=1579
+  _globals['_REGISTERTOKENREQUEST']._serialized_end=1642
+  _globals['_REGISTERTOKENREPLY']._serialized_start=1644
+  _globals['_REGISTERTOKENREPLY']._serialized_end=1664
+  _globals['_REVOKETOKENREQUEST']._serialized_start=1666
+  _globals['_REVOKETOKENREQUEST']._serialized_end=1704
+  _globals['_REVOKETOKENREPLY']._serialized_start=1706
+  _globals['_REVOKETOKENREPLY']._serialized_end=1724
+  _globals['_PUTRECORDREQUEST']._serialized_start=1726
+  _globals['_PUTRECORDREQUEST']._serialized_end=1787
+  _globals['_RENAMEREQUEST']._serialized_start=1789
+  _globals['_RENAMEREQUEST']._serialized_end=1835
+  _globals['_REVOKEREQUEST']._serialized_start=1837
+  _globals['_REVOKEREQUEST']._serialized_end=1869
+  _globals['_ADMIN']._serialized_start=2142
+  _globals['_ADMIN']._serialized_end=2888
 # @@protoc_insertion_point(module_scope)

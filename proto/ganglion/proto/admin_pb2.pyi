@@ -27,14 +27,16 @@ DEPLOYMENT_PHASE_FAILED: DeploymentPhase
 DEPLOYMENT_PHASE_STOPPED: DeploymentPhase
 
 class DeployRequest(_message.Message):
-    __slots__ = ("manifest", "options", "holder")
+    __slots__ = ("manifest", "options", "holder", "drafter")
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     HOLDER_FIELD_NUMBER: _ClassVar[int]
+    DRAFTER_FIELD_NUMBER: _ClassVar[int]
     manifest: bytes
     options: bytes
     holder: str
-    def __init__(self, manifest: _Optional[bytes] = ..., options: _Optional[bytes] = ..., holder: _Optional[str] = ...) -> None: ...
+    drafter: bytes
+    def __init__(self, manifest: _Optional[bytes] = ..., options: _Optional[bytes] = ..., holder: _Optional[str] = ..., drafter: _Optional[bytes] = ...) -> None: ...
 
 class DeployEvent(_message.Message):
     __slots__ = ("deployment", "epoch", "phase", "message", "devices", "error_code")
@@ -89,16 +91,18 @@ class WatchRequest(_message.Message):
     def __init__(self, once: bool = ...) -> None: ...
 
 class Fleetwide(_message.Message):
-    __slots__ = ("devices", "deployments", "tokens_unused", "coordinator_version")
+    __slots__ = ("devices", "deployments", "tokens_unused", "coordinator_version", "refused_offers")
     DEVICES_FIELD_NUMBER: _ClassVar[int]
     DEPLOYMENTS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_UNUSED_FIELD_NUMBER: _ClassVar[int]
     COORDINATOR_VERSION_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_OFFERS_FIELD_NUMBER: _ClassVar[int]
     devices: _containers.RepeatedCompositeFieldContainer[DeviceState]
     deployments: _containers.RepeatedCompositeFieldContainer[DeploymentState]
     tokens_unused: int
     coordinator_version: str
-    def __init__(self, devices: _Optional[_Iterable[_Union[DeviceState, _Mapping]]] = ..., deployments: _Optional[_Iterable[_Union[DeploymentState, _Mapping]]] = ..., tokens_unused: _Optional[int] = ..., coordinator_version: _Optional[str] = ...) -> None: ...
+    refused_offers: _containers.RepeatedCompositeFieldContainer[RefusedOffer]
+    def __init__(self, devices: _Optional[_Iterable[_Union[DeviceState, _Mapping]]] = ..., deployments: _Optional[_Iterable[_Union[DeploymentState, _Mapping]]] = ..., tokens_unused: _Optional[int] = ..., coordinator_version: _Optional[str] = ..., refused_offers: _Optional[_Iterable[_Union[RefusedOffer, _Mapping]]] = ...) -> None: ...
 
 class DeviceState(_message.Message):
     __slots__ = ("node_id", "name", "role", "label", "state", "profile", "address", "last_seen_s", "record")
@@ -123,7 +127,7 @@ class DeviceState(_message.Message):
     def __init__(self, node_id: _Optional[str] = ..., name: _Optional[str] = ..., role: _Optional[_Union[_identity_pb2.Role, str]] = ..., label: _Optional[_Union[_identity_pb2.TrustLabel, str]] = ..., state: _Optional[str] = ..., profile: _Optional[bytes] = ..., address: _Optional[str] = ..., last_seen_s: _Optional[float] = ..., record: _Optional[_Union[_identity_pb2.SignedRecord, _Mapping]] = ...) -> None: ...
 
 class DeploymentState(_message.Message):
-    __slots__ = ("deployment", "model", "manifest_digest", "epoch", "phase", "message", "plan", "manifest", "lead", "holders", "sessions")
+    __slots__ = ("deployment", "model", "manifest_digest", "epoch", "phase", "message", "plan", "manifest", "lead", "holders", "sessions", "drafts_for", "drafter", "drafter_digest")
     DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -135,6 +139,9 @@ class DeploymentState(_message.Message):
     LEAD_FIELD_NUMBER: _ClassVar[int]
     HOLDERS_FIELD_NUMBER: _ClassVar[int]
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    DRAFTS_FOR_FIELD_NUMBER: _ClassVar[int]
+    DRAFTER_FIELD_NUMBER: _ClassVar[int]
+    DRAFTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     deployment: str
     model: str
     manifest_digest: str
@@ -146,7 +153,22 @@ class DeploymentState(_message.Message):
     lead: _identity_pb2.Peer
     holders: _containers.RepeatedCompositeFieldContainer[_identity_pb2.Peer]
     sessions: int
-    def __init__(self, deployment: _Optional[str] = ..., model: _Optional[str] = ..., manifest_digest: _Optional[str] = ..., epoch: _Optional[int] = ..., phase: _Optional[_Union[DeploymentPhase, str]] = ..., message: _Optional[str] = ..., plan: _Optional[bytes] = ..., manifest: _Optional[bytes] = ..., lead: _Optional[_Union[_identity_pb2.Peer, _Mapping]] = ..., holders: _Optional[_Iterable[_Union[_identity_pb2.Peer, _Mapping]]] = ..., sessions: _Optional[int] = ...) -> None: ...
+    drafts_for: str
+    drafter: str
+    drafter_digest: str
+    def __init__(self, deployment: _Optional[str] = ..., model: _Optional[str] = ..., manifest_digest: _Optional[str] = ..., epoch: _Optional[int] = ..., phase: _Optional[_Union[DeploymentPhase, str]] = ..., message: _Optional[str] = ..., plan: _Optional[bytes] = ..., manifest: _Optional[bytes] = ..., lead: _Optional[_Union[_identity_pb2.Peer, _Mapping]] = ..., holders: _Optional[_Iterable[_Union[_identity_pb2.Peer, _Mapping]]] = ..., sessions: _Optional[int] = ..., drafts_for: _Optional[str] = ..., drafter: _Optional[str] = ..., drafter_digest: _Optional[str] = ...) -> None: ...
+
+class RefusedOffer(_message.Message):
+    __slots__ = ("node_id", "model", "target", "reason")
+    NODE_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    node_id: str
+    model: str
+    target: str
+    reason: str
+    def __init__(self, node_id: _Optional[str] = ..., model: _Optional[str] = ..., target: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class ListTokensRequest(_message.Message):
     __slots__ = ()

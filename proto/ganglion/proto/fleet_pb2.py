@@ -25,43 +25,49 @@ _sym_db = _symbol_database.Default()
 from ganglion.proto import identity_pb2 as ganglion_dot_proto_dot_identity__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aganglion/proto/fleet.proto\x12\x0bganglion.v1\x1a\x1dganglion/proto/identity.proto\"\x93\x02\n\x0c\x41gentMessage\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.ganglion.v1.HelloH\x00\x12%\n\x06\x61\x64vert\x18\x02 \x01(\x0b\x32\x13.ganglion.v1.AdvertH\x00\x12+\n\theartbeat\x18\x03 \x01(\x0b\x32\x16.ganglion.v1.HeartbeatH\x00\x12/\n\x06status\x18\x04 \x01(\x0b\x32\x1d.ganglion.v1.AssignmentStatusH\x00\x12(\n\x05links\x18\x05 \x01(\x0b\x32\x17.ganglion.v1.LinkReportH\x00\x12\'\n\x04held\x18\x06 \x01(\x0b\x32\x17.ganglion.v1.HeldModelsH\x00\x42\x06\n\x04\x62ody\"\x97\x02\n\x12\x43oordinatorMessage\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.ganglion.v1.HelloH\x00\x12%\n\x06\x61ssign\x18\x02 \x01(\x0b\x32\x13.ganglion.v1.AssignH\x00\x12\'\n\x07\x63onnect\x18\x03 \x01(\x0b\x32\x14.ganglion.v1.ConnectH\x00\x12\'\n\x07release\x18\x04 \x01(\x0b\x32\x14.ganglion.v1.ReleaseH\x00\x12\x32\n\rmeasure_links\x18\x05 \x01(\x0b\x32\x19.ganglion.v1.MeasureLinksH\x00\x12\'\n\x07reprobe\x18\x06 \x01(\x0b\x32\x14.ganglion.v1.ReprobeH\x00\x42\x06\n\x04\x62ody\",\n\x06\x41\x64vert\x12\x0f\n\x07profile\x18\x01 \x01(\x0c\x12\x11\n\taddresses\x18\x02 \x03(\t\"G\n\tHeartbeat\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12(\n\x07workers\x18\x02 \x03(\x0b\x32\x17.ganglion.v1.WorkerBeat\"y\n\nWorkerBeat\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05steps\x18\x03 \x01(\x04\x12\x15\n\rlongest_run_s\x18\x04 \x01(\x01\x12\x10\n\x08sessions\x18\x05 \x01(\r\x12\x10\n\x08kv_bytes\x18\x06 \x01(\x04\"\x94\x01\n\x06\x41ssign\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04plan\x18\x03 \x01(\x0c\x12\x10\n\x08manifest\x18\x04 \x01(\x0c\x12\"\n\x07holders\x18\x05 \x03(\x0b\x32\x11.ganglion.v1.Peer\x12#\n\x08gateways\x18\x06 \x03(\x0b\x32\x11.ganglion.v1.Peer\"s\n\x07\x43onnect\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12 \n\x05peers\x18\x03 \x03(\x0b\x32\x11.ganglion.v1.Peer\x12#\n\x08gateways\x18\x04 \x03(\x0b\x32\x11.ganglion.v1.Peer\"<\n\x07Release\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xcc\x01\n\x10\x41ssignmentStatus\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12+\n\x05phase\x18\x03 \x01(\x0e\x32\x1c.ganglion.v1.AssignmentPhase\x12\x12\n\ndone_bytes\x18\x04 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x04\x12\x14\n\x0clane_address\x18\x06 \x01(\t\x12\x12\n\nerror_code\x18\x07 \x01(\t\x12\x15\n\rerror_message\x18\x08 \x01(\t\"0\n\x0cMeasureLinks\x12 \n\x05peers\x18\x01 \x03(\x0b\x32\x11.ganglion.v1.Peer\".\n\nLinkReport\x12 \n\x05links\x18\x01 \x03(\x0b\x32\x11.ganglion.v1.Link\"N\n\x04Link\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x11\n\treachable\x18\x02 \x01(\x08\x12\r\n\x05rtt_s\x18\x03 \x01(\x01\x12\x13\n\x0b\x62ytes_per_s\x18\x04 \x01(\x01\"H\n\nHeldModels\x12\x18\n\x10manifest_digests\x18\x01 \x03(\t\x12 \n\x18partial_manifest_digests\x18\x02 \x03(\t\"\t\n\x07Reprobe*\xec\x01\n\x0f\x41ssignmentPhase\x12 \n\x1c\x41SSIGNMENT_PHASE_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x41SSIGNMENT_PHASE_FETCHING\x10\x01\x12\x1c\n\x18\x41SSIGNMENT_PHASE_LOADING\x10\x02\x12\x1e\n\x1a\x41SSIGNMENT_PHASE_LISTENING\x10\x03\x12\x1e\n\x1a\x41SSIGNMENT_PHASE_CONNECTED\x10\x04\x12\x1b\n\x17\x41SSIGNMENT_PHASE_FAILED\x10\x05\x12\x1d\n\x19\x41SSIGNMENT_PHASE_RELEASED\x10\x06\x32R\n\x05\x46leet\x12I\n\x07\x43ontrol\x12\x19.ganglion.v1.AgentMessage\x1a\x1f.ganglion.v1.CoordinatorMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aganglion/proto/fleet.proto\x12\x0bganglion.v1\x1a\x1dganglion/proto/identity.proto\"\xc3\x02\n\x0c\x41gentMessage\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.ganglion.v1.HelloH\x00\x12%\n\x06\x61\x64vert\x18\x02 \x01(\x0b\x32\x13.ganglion.v1.AdvertH\x00\x12+\n\theartbeat\x18\x03 \x01(\x0b\x32\x16.ganglion.v1.HeartbeatH\x00\x12/\n\x06status\x18\x04 \x01(\x0b\x32\x1d.ganglion.v1.AssignmentStatusH\x00\x12(\n\x05links\x18\x05 \x01(\x0b\x32\x17.ganglion.v1.LinkReportH\x00\x12\'\n\x04held\x18\x06 \x01(\x0b\x32\x17.ganglion.v1.HeldModelsH\x00\x12.\n\x0b\x64raft_offer\x18\x07 \x01(\x0b\x32\x17.ganglion.v1.DraftOfferH\x00\x42\x06\n\x04\x62ody\"\xf4\x02\n\x12\x43oordinatorMessage\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.ganglion.v1.HelloH\x00\x12%\n\x06\x61ssign\x18\x02 \x01(\x0b\x32\x13.ganglion.v1.AssignH\x00\x12\'\n\x07\x63onnect\x18\x03 \x01(\x0b\x32\x14.ganglion.v1.ConnectH\x00\x12\'\n\x07release\x18\x04 \x01(\x0b\x32\x14.ganglion.v1.ReleaseH\x00\x12\x32\n\rmeasure_links\x18\x05 \x01(\x0b\x32\x19.ganglion.v1.MeasureLinksH\x00\x12\'\n\x07reprobe\x18\x06 \x01(\x0b\x32\x14.ganglion.v1.ReprobeH\x00\x12)\n\x08verifier\x18\x07 \x01(\x0b\x32\x15.ganglion.v1.VerifierH\x00\x12\x30\n\x0c\x64raft_answer\x18\x08 \x01(\x0b\x32\x18.ganglion.v1.DraftAnswerH\x00\x42\x06\n\x04\x62ody\",\n\x06\x41\x64vert\x12\x0f\n\x07profile\x18\x01 \x01(\x0c\x12\x11\n\taddresses\x18\x02 \x03(\t\"G\n\tHeartbeat\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12(\n\x07workers\x18\x02 \x03(\x0b\x32\x17.ganglion.v1.WorkerBeat\"y\n\nWorkerBeat\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05steps\x18\x03 \x01(\x04\x12\x15\n\rlongest_run_s\x18\x04 \x01(\x01\x12\x10\n\x08sessions\x18\x05 \x01(\r\x12\x10\n\x08kv_bytes\x18\x06 \x01(\x04\"\xd1\x01\n\x06\x41ssign\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04plan\x18\x03 \x01(\x0c\x12\x10\n\x08manifest\x18\x04 \x01(\x0c\x12\"\n\x07holders\x18\x05 \x03(\x0b\x32\x11.ganglion.v1.Peer\x12#\n\x08gateways\x18\x06 \x03(\x0b\x32\x11.ganglion.v1.Peer\x12\x0f\n\x07\x64rafter\x18\x07 \x01(\x0c\x12*\n\x0f\x64rafter_holders\x18\x08 \x03(\x0b\x32\x11.ganglion.v1.Peer\"s\n\x07\x43onnect\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12 \n\x05peers\x18\x03 \x03(\x0b\x32\x11.ganglion.v1.Peer\x12#\n\x08gateways\x18\x04 \x03(\x0b\x32\x11.ganglion.v1.Peer\"<\n\x07Release\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xcc\x01\n\x10\x41ssignmentStatus\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12+\n\x05phase\x18\x03 \x01(\x0e\x32\x1c.ganglion.v1.AssignmentPhase\x12\x12\n\ndone_bytes\x18\x04 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x04\x12\x14\n\x0clane_address\x18\x06 \x01(\t\x12\x12\n\nerror_code\x18\x07 \x01(\t\x12\x15\n\rerror_message\x18\x08 \x01(\t\"0\n\x0cMeasureLinks\x12 \n\x05peers\x18\x01 \x03(\x0b\x32\x11.ganglion.v1.Peer\".\n\nLinkReport\x12 \n\x05links\x18\x01 \x03(\x0b\x32\x11.ganglion.v1.Link\"N\n\x04Link\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x11\n\treachable\x18\x02 \x01(\x08\x12\r\n\x05rtt_s\x18\x03 \x01(\x01\x12\x13\n\x0b\x62ytes_per_s\x18\x04 \x01(\x01\"H\n\nHeldModels\x12\x18\n\x10manifest_digests\x18\x01 \x03(\t\x12 \n\x18partial_manifest_digests\x18\x02 \x03(\t\"\t\n\x07Reprobe\"0\n\nDraftOffer\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x10\n\x08\x64rafting\x18\x02 \x01(\x0c\".\n\x0b\x44raftAnswer\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x0f\n\x07refused\x18\x02 \x01(\t\"\x8b\x02\n\x08Verifier\x12\x12\n\ndeployment\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x1f\n\x04lead\x18\x04 \x01(\x0b\x32\x11.ganglion.v1.Peer\x12\x17\n\x0flead_deployment\x18\x05 \x01(\t\x12\x12\n\nlead_epoch\x18\x06 \x01(\x04\x12\x17\n\x0fmanifest_digest\x18\x07 \x01(\t\x12\x15\n\rnumeric_class\x18\x08 \x01(\t\x12\x0f\n\x07\x63ontext\x18\t \x01(\r\x12\r\n\x05vocab\x18\n \x01(\r\x12\x0f\n\x07\x65os_ids\x18\x0b \x03(\r\x12\x0b\n\x03url\x18\x0c \x01(\t\x12\x10\n\x08why_away\x18\r \x01(\t*\xec\x01\n\x0f\x41ssignmentPhase\x12 \n\x1c\x41SSIGNMENT_PHASE_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x41SSIGNMENT_PHASE_FETCHING\x10\x01\x12\x1c\n\x18\x41SSIGNMENT_PHASE_LOADING\x10\x02\x12\x1e\n\x1a\x41SSIGNMENT_PHASE_LISTENING\x10\x03\x12\x1e\n\x1a\x41SSIGNMENT_PHASE_CONNECTED\x10\x04\x12\x1b\n\x17\x41SSIGNMENT_PHASE_FAILED\x10\x05\x12\x1d\n\x19\x41SSIGNMENT_PHASE_RELEASED\x10\x06\x32R\n\x05\x46leet\x12I\n\x07\x43ontrol\x12\x19.ganglion.v1.AgentMessage\x1a\x1f.ganglion.v1.CoordinatorMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ganglion.proto.fleet_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ASSIGNMENTPHASE']._serialized_start=1677
-  _globals['_ASSIGNMENTPHASE']._serialized_end=1913
+  _globals['_ASSIGNMENTPHASE']._serialized_start=2247
+  _globals['_ASSIGNMENTPHASE']._serialized_end=2483
   _globals['_AGENTMESSAGE']._serialized_start=75
-  _globals['_AGENTMESSAGE']._serialized_end=350
-  _globals['_COORDINATORMESSAGE']._serialized_start=353
-  _globals['_COORDINATORMESSAGE']._serialized_end=632
-  _globals['_ADVERT']._serialized_start=634
-  _globals['_ADVERT']._serialized_end=678
-  _globals['_HEARTBEAT']._serialized_start=680
-  _globals['_HEARTBEAT']._serialized_end=751
-  _globals['_WORKERBEAT']._serialized_start=753
-  _globals['_WORKERBEAT']._serialized_end=874
-  _globals['_ASSIGN']._serialized_start=877
-  _globals['_ASSIGN']._serialized_end=1025
-  _globals['_CONNECT']._serialized_start=1027
-  _globals['_CONNECT']._serialized_end=1142
-  _globals['_RELEASE']._serialized_start=1144
-  _globals['_RELEASE']._serialized_end=1204
-  _globals['_ASSIGNMENTSTATUS']._serialized_start=1207
-  _globals['_ASSIGNMENTSTATUS']._serialized_end=1411
-  _globals['_MEASURELINKS']._serialized_start=1413
-  _globals['_MEASURELINKS']._serialized_end=1461
-  _globals['_LINKREPORT']._serialized_start=1463
-  _globals['_LINKREPORT']._serialized_end=1509
-  _globals['_LINK']._serialized_start=1511
-  _globals['_LINK']._serialized_end=1589
-  _globals['_HELDMODELS']._serialized_start=1591
-  _globals['_HELDMODELS']._serialized_end=1663
-  _globals['_REPROBE']._serialized_start=1665
-  _globals['_REPROBE']._serialized_end=1674
-  _globals['_FLEET']._serialized_start=1915
-  _globals['_FLEET']._serialized_end=1997
+  _globals['_AGENTMESSAGE']._serialized_end=398
+  _globals['_COORDINATORMESSAGE']._serialized_start=401
+  _globals['_COORDINATORMESSAGE']._serialized_end=773
+  _globals['_ADVERT']._serialized_start=775
+  _globals['_ADVERT']._serialized_end=819
+  _globals['_HEARTBEAT']._serialized_start=821
+  _globals['_HEARTBEAT']._serialized_end=892
+  _globals['_WORKERBEAT']._serialized_start=894
+  _globals['_WORKERBEAT']._serialized_end=1015
+  _globals['_ASSIGN']._serialized_start=1018
+  _globals['_ASSIGN']._serialized_end=1227
+  _globals['_CONNECT']._serialized_start=1229
+  _globals['_CONNECT']._serialized_end=1344
+  _globals['_RELEASE']._serialized_start=1346
+  _globals['_RELEASE']._serialized_end=1406
+  _globals['_ASSIGNMENTSTATUS']._serialized_start=1409
+  _globals['_ASSIGNMENTSTATUS']._serialized_end=1613
+  _globals['_MEASURELINKS']._serialized_start=1615
+  _globals['_MEASURELINKS']._serialized_end=1663
+  _globals['_LINKREPORT']._serialized_start=1665
+  _globals['_LINKREPORT']._serialized_end=1711
+  _globals['_LINK']._serialized_start=1713
+  _globals['_LINK']._serialized_end=1791
+  _globals['_HELDMODELS']._serialized_start=1793
+  _globals['_HELDMODELS']._serialized_end=1865
+  _globals['_REPROBE']._serialized_start=1867
+  _globals['_REPROBE']._serialized_end=1876
+  _globals['_DRAFTOFFER']._serialized_start=1878
+  _globals['_DRAFTOFFER']._serialized_end=1926
+  _globals['_DRAFTANSWER']._serialized_start=1928
+  _globals['_DRAFTANSWER']._serialized_end=1974
+  _globals['_VERIFIER']._serialized_start=1977
+  _globals['_VERIFIER']._serialized_end=2244
+  _globals['_FLEET']._serialized_start=2485
+  _globals['_FLEET']._serialized_end=2567
 # @@protoc_insertion_point(module_scope)

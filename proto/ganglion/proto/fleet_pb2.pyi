@@ -25,36 +25,42 @@ ASSIGNMENT_PHASE_FAILED: AssignmentPhase
 ASSIGNMENT_PHASE_RELEASED: AssignmentPhase
 
 class AgentMessage(_message.Message):
-    __slots__ = ("hello", "advert", "heartbeat", "status", "links", "held")
+    __slots__ = ("hello", "advert", "heartbeat", "status", "links", "held", "draft_offer")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     ADVERT_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     LINKS_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_OFFER_FIELD_NUMBER: _ClassVar[int]
     hello: _identity_pb2.Hello
     advert: Advert
     heartbeat: Heartbeat
     status: AssignmentStatus
     links: LinkReport
     held: HeldModels
-    def __init__(self, hello: _Optional[_Union[_identity_pb2.Hello, _Mapping]] = ..., advert: _Optional[_Union[Advert, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., status: _Optional[_Union[AssignmentStatus, _Mapping]] = ..., links: _Optional[_Union[LinkReport, _Mapping]] = ..., held: _Optional[_Union[HeldModels, _Mapping]] = ...) -> None: ...
+    draft_offer: DraftOffer
+    def __init__(self, hello: _Optional[_Union[_identity_pb2.Hello, _Mapping]] = ..., advert: _Optional[_Union[Advert, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., status: _Optional[_Union[AssignmentStatus, _Mapping]] = ..., links: _Optional[_Union[LinkReport, _Mapping]] = ..., held: _Optional[_Union[HeldModels, _Mapping]] = ..., draft_offer: _Optional[_Union[DraftOffer, _Mapping]] = ...) -> None: ...
 
 class CoordinatorMessage(_message.Message):
-    __slots__ = ("hello", "assign", "connect", "release", "measure_links", "reprobe")
+    __slots__ = ("hello", "assign", "connect", "release", "measure_links", "reprobe", "verifier", "draft_answer")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     ASSIGN_FIELD_NUMBER: _ClassVar[int]
     CONNECT_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     MEASURE_LINKS_FIELD_NUMBER: _ClassVar[int]
     REPROBE_FIELD_NUMBER: _ClassVar[int]
+    VERIFIER_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_ANSWER_FIELD_NUMBER: _ClassVar[int]
     hello: _identity_pb2.Hello
     assign: Assign
     connect: Connect
     release: Release
     measure_links: MeasureLinks
     reprobe: Reprobe
-    def __init__(self, hello: _Optional[_Union[_identity_pb2.Hello, _Mapping]] = ..., assign: _Optional[_Union[Assign, _Mapping]] = ..., connect: _Optional[_Union[Connect, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., measure_links: _Optional[_Union[MeasureLinks, _Mapping]] = ..., reprobe: _Optional[_Union[Reprobe, _Mapping]] = ...) -> None: ...
+    verifier: Verifier
+    draft_answer: DraftAnswer
+    def __init__(self, hello: _Optional[_Union[_identity_pb2.Hello, _Mapping]] = ..., assign: _Optional[_Union[Assign, _Mapping]] = ..., connect: _Optional[_Union[Connect, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., measure_links: _Optional[_Union[MeasureLinks, _Mapping]] = ..., reprobe: _Optional[_Union[Reprobe, _Mapping]] = ..., verifier: _Optional[_Union[Verifier, _Mapping]] = ..., draft_answer: _Optional[_Union[DraftAnswer, _Mapping]] = ...) -> None: ...
 
 class Advert(_message.Message):
     __slots__ = ("profile", "addresses")
@@ -89,20 +95,24 @@ class WorkerBeat(_message.Message):
     def __init__(self, deployment: _Optional[str] = ..., epoch: _Optional[int] = ..., steps: _Optional[int] = ..., longest_run_s: _Optional[float] = ..., sessions: _Optional[int] = ..., kv_bytes: _Optional[int] = ...) -> None: ...
 
 class Assign(_message.Message):
-    __slots__ = ("deployment", "epoch", "plan", "manifest", "holders", "gateways")
+    __slots__ = ("deployment", "epoch", "plan", "manifest", "holders", "gateways", "drafter", "drafter_holders")
     DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_FIELD_NUMBER: _ClassVar[int]
     HOLDERS_FIELD_NUMBER: _ClassVar[int]
     GATEWAYS_FIELD_NUMBER: _ClassVar[int]
+    DRAFTER_FIELD_NUMBER: _ClassVar[int]
+    DRAFTER_HOLDERS_FIELD_NUMBER: _ClassVar[int]
     deployment: str
     epoch: int
     plan: bytes
     manifest: bytes
     holders: _containers.RepeatedCompositeFieldContainer[_identity_pb2.Peer]
     gateways: _containers.RepeatedCompositeFieldContainer[_identity_pb2.Peer]
-    def __init__(self, deployment: _Optional[str] = ..., epoch: _Optional[int] = ..., plan: _Optional[bytes] = ..., manifest: _Optional[bytes] = ..., holders: _Optional[_Iterable[_Union[_identity_pb2.Peer, _Mapping]]] = ..., gateways: _Optional[_Iterable[_Union[_identity_pb2.Peer, _Mapping]]] = ...) -> None: ...
+    drafter: bytes
+    drafter_holders: _containers.RepeatedCompositeFieldContainer[_identity_pb2.Peer]
+    def __init__(self, deployment: _Optional[str] = ..., epoch: _Optional[int] = ..., plan: _Optional[bytes] = ..., manifest: _Optional[bytes] = ..., holders: _Optional[_Iterable[_Union[_identity_pb2.Peer, _Mapping]]] = ..., gateways: _Optional[_Iterable[_Union[_identity_pb2.Peer, _Mapping]]] = ..., drafter: _Optional[bytes] = ..., drafter_holders: _Optional[_Iterable[_Union[_identity_pb2.Peer, _Mapping]]] = ...) -> None: ...
 
 class Connect(_message.Message):
     __slots__ = ("deployment", "epoch", "peers", "gateways")
@@ -181,3 +191,49 @@ class HeldModels(_message.Message):
 class Reprobe(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class DraftOffer(_message.Message):
+    __slots__ = ("manifest", "drafting")
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    DRAFTING_FIELD_NUMBER: _ClassVar[int]
+    manifest: bytes
+    drafting: bytes
+    def __init__(self, manifest: _Optional[bytes] = ..., drafting: _Optional[bytes] = ...) -> None: ...
+
+class DraftAnswer(_message.Message):
+    __slots__ = ("target", "refused")
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    target: str
+    refused: str
+    def __init__(self, target: _Optional[str] = ..., refused: _Optional[str] = ...) -> None: ...
+
+class Verifier(_message.Message):
+    __slots__ = ("deployment", "epoch", "target", "lead", "lead_deployment", "lead_epoch", "manifest_digest", "numeric_class", "context", "vocab", "eos_ids", "url", "why_away")
+    DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    LEAD_FIELD_NUMBER: _ClassVar[int]
+    LEAD_DEPLOYMENT_FIELD_NUMBER: _ClassVar[int]
+    LEAD_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    NUMERIC_CLASS_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_FIELD_NUMBER: _ClassVar[int]
+    EOS_IDS_FIELD_NUMBER: _ClassVar[int]
+    URL_FIELD_NUMBER: _ClassVar[int]
+    WHY_AWAY_FIELD_NUMBER: _ClassVar[int]
+    deployment: str
+    epoch: int
+    target: str
+    lead: _identity_pb2.Peer
+    lead_deployment: str
+    lead_epoch: int
+    manifest_digest: str
+    numeric_class: str
+    context: int
+    vocab: int
+    eos_ids: _containers.RepeatedScalarFieldContainer[int]
+    url: str
+    why_away: str
+    def __init__(self, deployment: _Optional[str] = ..., epoch: _Optional[int] = ..., target: _Optional[str] = ..., lead: _Optional[_Union[_identity_pb2.Peer, _Mapping]] = ..., lead_deployment: _Optional[str] = ..., lead_epoch: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., numeric_class: _Optional[str] = ..., context: _Optional[int] = ..., vocab: _Optional[int] = ..., eos_ids: _Optional[_Iterable[int]] = ..., url: _Optional[str] = ..., why_away: _Optional[str] = ...) -> None: ...

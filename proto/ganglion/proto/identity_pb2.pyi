@@ -103,15 +103,17 @@ class Peer(_message.Message):
     def __init__(self, record: _Optional[_Union[SignedRecord, _Mapping]] = ..., address: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
 
 class JoinTokenBody(_message.Message):
-    __slots__ = ("addresses", "authority_pin", "owner_public_key", "seed", "grant")
+    __slots__ = ("addresses", "authority_pin", "owner_public_key", "seed", "grant", "gateway_grant")
     ADDRESSES_FIELD_NUMBER: _ClassVar[int]
     AUTHORITY_PIN_FIELD_NUMBER: _ClassVar[int]
     OWNER_PUBLIC_KEY_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     GRANT_FIELD_NUMBER: _ClassVar[int]
+    GATEWAY_GRANT_FIELD_NUMBER: _ClassVar[int]
     addresses: _containers.RepeatedScalarFieldContainer[str]
     authority_pin: bytes
     owner_public_key: bytes
     seed: bytes
     grant: SignedGrant
-    def __init__(self, addresses: _Optional[_Iterable[str]] = ..., authority_pin: _Optional[bytes] = ..., owner_public_key: _Optional[bytes] = ..., seed: _Optional[bytes] = ..., grant: _Optional[_Union[SignedGrant, _Mapping]] = ...) -> None: ...
+    gateway_grant: SignedGrant
+    def __init__(self, addresses: _Optional[_Iterable[str]] = ..., authority_pin: _Optional[bytes] = ..., owner_public_key: _Optional[bytes] = ..., seed: _Optional[bytes] = ..., grant: _Optional[_Union[SignedGrant, _Mapping]] = ..., gateway_grant: _Optional[_Union[SignedGrant, _Mapping]] = ...) -> None: ...

@@ -13,6 +13,20 @@ class TokenRole(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TOKEN_ROLE_PROMPT: _ClassVar[TokenRole]
     TOKEN_ROLE_GENERATED: _ClassVar[TokenRole]
 
+class Miss(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MISS_UNSPECIFIED: _ClassVar[Miss]
+    MISS_WAIT: _ClassVar[Miss]
+    MISS_RUN: _ClassVar[Miss]
+    MISS_DRAFT: _ClassVar[Miss]
+
+class Away(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    AWAY_UNSPECIFIED: _ClassVar[Away]
+    AWAY_WAIT: _ClassVar[Away]
+    AWAY_LOCAL: _ClassVar[Away]
+    AWAY_FAIL: _ClassVar[Away]
+
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
@@ -22,6 +36,14 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 TOKEN_ROLE_UNSPECIFIED: TokenRole
 TOKEN_ROLE_PROMPT: TokenRole
 TOKEN_ROLE_GENERATED: TokenRole
+MISS_UNSPECIFIED: Miss
+MISS_WAIT: Miss
+MISS_RUN: Miss
+MISS_DRAFT: Miss
+AWAY_UNSPECIFIED: Away
+AWAY_WAIT: Away
+AWAY_LOCAL: Away
+AWAY_FAIL: Away
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -106,16 +128,20 @@ class BeginWithBlocks(_message.Message):
     def __init__(self, session: _Optional[int] = ..., blocks: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class StepEntry(_message.Message):
-    __slots__ = ("session", "start", "count", "draw")
+    __slots__ = ("session", "start", "count", "draws", "take_from", "take_first")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
-    DRAW_FIELD_NUMBER: _ClassVar[int]
+    DRAWS_FIELD_NUMBER: _ClassVar[int]
+    TAKE_FROM_FIELD_NUMBER: _ClassVar[int]
+    TAKE_FIRST_FIELD_NUMBER: _ClassVar[int]
     session: int
     start: int
     count: int
-    draw: Draw
-    def __init__(self, session: _Optional[int] = ..., start: _Optional[int] = ..., count: _Optional[int] = ..., draw: _Optional[_Union[Draw, _Mapping]] = ...) -> None: ...
+    draws: _containers.RepeatedCompositeFieldContainer[Draw]
+    take_from: int
+    take_first: int
+    def __init__(self, session: _Optional[int] = ..., start: _Optional[int] = ..., count: _Optional[int] = ..., draws: _Optional[_Iterable[_Union[Draw, _Mapping]]] = ..., take_from: _Optional[int] = ..., take_first: _Optional[int] = ...) -> None: ...
 
 class Draw(_message.Message):
     __slots__ = ("candidates", "temperature", "seed", "position", "repetition_penalty", "adjustments", "allowed", "top_logprobs", "mass")
@@ -192,17 +218,19 @@ class MoreCandidates(_message.Message):
     def __init__(self, entry: _Optional[int] = ..., candidates: _Optional[int] = ...) -> None: ...
 
 class SessionRequest(_message.Message):
-    __slots__ = ("hello", "open", "cancel")
+    __slots__ = ("hello", "open", "cancel", "drafts")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    DRAFTS_FIELD_NUMBER: _ClassVar[int]
     hello: _identity_pb2.Hello
     open: Open
     cancel: Cancel
-    def __init__(self, hello: _Optional[_Union[_identity_pb2.Hello, _Mapping]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
+    drafts: Drafts
+    def __init__(self, hello: _Optional[_Union[_identity_pb2.Hello, _Mapping]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., drafts: _Optional[_Union[Drafts, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("request_id", "prompt", "max_tokens", "sampling", "stop_ids", "grammar", "tenant")
+    __slots__ = ("request_id", "prompt", "max_tokens", "sampling", "stop_ids", "grammar", "tenant", "answered", "contract", "away", "target")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -210,6 +238,10 @@ class Open(_message.Message):
     STOP_IDS_FIELD_NUMBER: _ClassVar[int]
     GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_FIELD_NUMBER: _ClassVar[int]
+    CONTRACT_FIELD_NUMBER: _ClassVar[int]
+    AWAY_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
     max_tokens: int
@@ -217,7 +249,45 @@ class Open(_message.Message):
     stop_ids: _containers.RepeatedScalarFieldContainer[int]
     grammar: str
     tenant: str
-    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stop_ids: _Optional[_Iterable[int]] = ..., grammar: _Optional[str] = ..., tenant: _Optional[str] = ...) -> None: ...
+    answered: int
+    contract: Contract
+    away: Away
+    target: str
+    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stop_ids: _Optional[_Iterable[int]] = ..., grammar: _Optional[str] = ..., tenant: _Optional[str] = ..., answered: _Optional[int] = ..., contract: _Optional[_Union[Contract, _Mapping]] = ..., away: _Optional[_Union[Away, str]] = ..., target: _Optional[str] = ...) -> None: ...
+
+class Contract(_message.Message):
+    __slots__ = ("manifest_digest", "numeric_class", "tokenizer_digest", "vocab", "window_tokens", "miss")
+    MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    NUMERIC_CLASS_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MISS_FIELD_NUMBER: _ClassVar[int]
+    manifest_digest: str
+    numeric_class: str
+    tokenizer_digest: bytes
+    vocab: int
+    window_tokens: int
+    miss: Miss
+    def __init__(self, manifest_digest: _Optional[str] = ..., numeric_class: _Optional[str] = ..., tokenizer_digest: _Optional[bytes] = ..., vocab: _Optional[int] = ..., window_tokens: _Optional[int] = ..., miss: _Optional[_Union[Miss, str]] = ...) -> None: ...
+
+class Drafts(_message.Message):
+    __slots__ = ("round", "branches", "miss")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    BRANCHES_FIELD_NUMBER: _ClassVar[int]
+    MISS_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    branches: _containers.RepeatedCompositeFieldContainer[Branch]
+    miss: Miss
+    def __init__(self, round: _Optional[int] = ..., branches: _Optional[_Iterable[_Union[Branch, _Mapping]]] = ..., miss: _Optional[_Union[Miss, str]] = ...) -> None: ...
+
+class Branch(_message.Message):
+    __slots__ = ("parent", "tokens")
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    parent: bytes
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, parent: _Optional[bytes] = ..., tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ()
@@ -270,18 +340,62 @@ class SessionEvent(_message.Message):
     def __init__(self, hello: _Optional[_Union[_identity_pb2.Hello, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("numeric_class",)
+    __slots__ = ("numeric_class", "terms")
     NUMERIC_CLASS_FIELD_NUMBER: _ClassVar[int]
+    TERMS_FIELD_NUMBER: _ClassVar[int]
     numeric_class: str
-    def __init__(self, numeric_class: _Optional[str] = ...) -> None: ...
+    terms: Terms
+    def __init__(self, numeric_class: _Optional[str] = ..., terms: _Optional[_Union[Terms, _Mapping]] = ...) -> None: ...
+
+class Terms(_message.Message):
+    __slots__ = ("window_tokens", "credits", "drafter", "prefix")
+    WINDOW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CREDITS_FIELD_NUMBER: _ClassVar[int]
+    DRAFTER_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    window_tokens: int
+    credits: int
+    drafter: str
+    prefix: bytes
+    def __init__(self, window_tokens: _Optional[int] = ..., credits: _Optional[int] = ..., drafter: _Optional[str] = ..., prefix: _Optional[bytes] = ...) -> None: ...
 
 class Tokens(_message.Message):
-    __slots__ = ("tokens", "cached_tokens")
+    __slots__ = ("tokens", "cached_tokens", "outcome", "local")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_FIELD_NUMBER: _ClassVar[int]
     tokens: _containers.RepeatedCompositeFieldContainer[Token]
     cached_tokens: int
-    def __init__(self, tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+    outcome: Outcome
+    local: bool
+    def __init__(self, tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., cached_tokens: _Optional[int] = ..., outcome: _Optional[_Union[Outcome, _Mapping]] = ..., local: bool = ...) -> None: ...
+
+class Outcome(_message.Message):
+    __slots__ = ("round", "prefix", "drafted", "accepted", "credits", "own", "queued", "verify_s", "idle_s", "branched", "beside")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    DRAFTED_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    CREDITS_FIELD_NUMBER: _ClassVar[int]
+    OWN_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    VERIFY_S_FIELD_NUMBER: _ClassVar[int]
+    IDLE_S_FIELD_NUMBER: _ClassVar[int]
+    BRANCHED_FIELD_NUMBER: _ClassVar[int]
+    BESIDE_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    prefix: bytes
+    drafted: int
+    accepted: int
+    credits: int
+    own: int
+    queued: int
+    verify_s: float
+    idle_s: float
+    branched: bool
+    beside: int
+    def __init__(self, round: _Optional[int] = ..., prefix: _Optional[bytes] = ..., drafted: _Optional[int] = ..., accepted: _Optional[int] = ..., credits: _Optional[int] = ..., own: _Optional[int] = ..., queued: _Optional[int] = ..., verify_s: _Optional[float] = ..., idle_s: _Optional[float] = ..., branched: bool = ..., beside: _Optional[int] = ...) -> None: ...
 
 class Token(_message.Message):
     __slots__ = ("id", "logprob", "top")
@@ -302,21 +416,45 @@ class TokenLogprob(_message.Message):
     def __init__(self, id: _Optional[int] = ..., logprob: _Optional[float] = ...) -> None: ...
 
 class Finished(_message.Message):
-    __slots__ = ("reason", "prompt_tokens", "completion_tokens", "timings", "cached_tokens")
+    __slots__ = ("reason", "prompt_tokens", "completion_tokens", "timings", "cached_tokens", "local_tokens", "speculation")
     REASON_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SPECULATION_FIELD_NUMBER: _ClassVar[int]
     reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
     timings: Timings
     cached_tokens: int
-    def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+    local_tokens: int
+    speculation: Speculation
+    def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., local_tokens: _Optional[int] = ..., speculation: _Optional[_Union[Speculation, _Mapping]] = ...) -> None: ...
+
+class Speculation(_message.Message):
+    __slots__ = ("passes", "drafted", "accepted", "hits", "accepted_counts", "sent_bytes", "received_bytes", "mode")
+    PASSES_FIELD_NUMBER: _ClassVar[int]
+    DRAFTED_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    passes: int
+    drafted: int
+    accepted: int
+    hits: int
+    accepted_counts: _containers.RepeatedScalarFieldContainer[int]
+    sent_bytes: int
+    received_bytes: int
+    mode: str
+    def __init__(self, passes: _Optional[int] = ..., drafted: _Optional[int] = ..., accepted: _Optional[int] = ..., hits: _Optional[int] = ..., accepted_counts: _Optional[_Iterable[int]] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., mode: _Optional[str] = ...) -> None: ...
 
 class Timings(_message.Message):
-    __slots__ = ("wall_s", "queue_s", "compute_s", "exchange_s", "seal_s", "sample_s", "other_s", "ttft_s", "sent_bytes", "received_bytes")
+    __slots__ = ("wall_s", "queue_s", "compute_s", "exchange_s", "seal_s", "sample_s", "other_s", "ttft_s", "sent_bytes", "received_bytes", "draft_s")
     WALL_S_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
@@ -327,6 +465,7 @@ class Timings(_message.Message):
     TTFT_S_FIELD_NUMBER: _ClassVar[int]
     SENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_S_FIELD_NUMBER: _ClassVar[int]
     wall_s: float
     queue_s: float
     compute_s: float
@@ -337,7 +476,8 @@ class Timings(_message.Message):
     ttft_s: float
     sent_bytes: int
     received_bytes: int
-    def __init__(self, wall_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., exchange_s: _Optional[float] = ..., seal_s: _Optional[float] = ..., sample_s: _Optional[float] = ..., other_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ...) -> None: ...
+    draft_s: float
+    def __init__(self, wall_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., exchange_s: _Optional[float] = ..., seal_s: _Optional[float] = ..., sample_s: _Optional[float] = ..., other_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., sent_bytes: _Optional[int] = ..., received_bytes: _Optional[int] = ..., draft_s: _Optional[float] = ...) -> None: ...
 
 class Failed(_message.Message):
     __slots__ = ("code", "message", "param")

@@ -118,7 +118,7 @@ class SessionServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Run(self, request_iterator, context):
-        """gateway to the lead's worker, role gateway
+        """to the lead's worker: gateways, and agents that draft
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

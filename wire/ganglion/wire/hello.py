@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 from collections.abc import Sequence
+from typing import Final
 
 from ganglion.proto import identity_pb2 as pb
 from ganglion.wire.errors import Unsupported
 from ganglion.wire.limits import PROTOCOL
+
+DRAFTING: Final = "drafting"  # a coordinator's feature: it takes offers to draft
 
 
 @functools.cache

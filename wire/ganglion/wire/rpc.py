@@ -15,7 +15,7 @@ from ganglion.wire.errors import Conflict
 from ganglion.wire.hello import check_hello, hello
 from ganglion.wire.identity import Identity
 from ganglion.wire.interceptors import GuardInterceptor, Recorder, read_recording
-from ganglion.wire.limits import CONTROL_MESSAGE_BYTES, TENSOR_MESSAGE_BYTES
+from ganglion.wire.limits import CONNECT_S, CONTROL_MESSAGE_BYTES, TENSOR_MESSAGE_BYTES
 from ganglion.wire.status import abort, status_of, to_error
 
 __all__ = [
@@ -46,9 +46,10 @@ _MESSAGE_BYTES: Final[dict[str, int]] = {"control": CONTROL_MESSAGE_BYTES, "tens
 # killed peer is noticed at once by its sockets, a frozen device after 1 s by its beats.
 _KEEPALIVE_MS: Final = 1000
 _PING_TIMEOUT_MS: Final[dict[str, int]] = {"control": 1000, "tensor": 2000}
+# "min_reconnect_backoff" is how long an attempt to connect may take: TCP's and TLS's handshakes are three round trips.
 _CLIENT: Final[Options] = [
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", int(CONNECT_S * 1000)),
     ("grpc.max_reconnect_backoff_ms", 2000),
     ("grpc.enable_retries", 0),
     ("grpc.use_local_subchannel_pool", 1),

@@ -1,13 +1,14 @@
-"""Sessions: the sealed stream between a gateway and the lead's worker. One stream a session; text stays at the gateway.
+"""Sessions: the sealed stream to the lead's worker, of a gateway or of the owner's device that drafts. One a session.
 
-Inside the sealing: `SessionRequest` (Open, then perhaps Cancel) one way, `SessionEvent` the other.
+Inside the sealing: `SessionRequest` (Open, then Drafts where there is a contract, then perhaps Cancel) one way,
+`SessionEvent` the other. Text stays at the gateway. Here the client's side; `session_serving` has the lead's.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import AsyncGenerator, Callable
+import contextlib
+from collections.abc import AsyncGenerator
 from typing import Any, Final
 
 import grpc
@@ -15,14 +16,7 @@ from google.protobuf.message import DecodeError
 
 from ganglion.proto import identity_pb2, lane_pb2
 from ganglion.wire import rpc
-from ganglion.wire.conversation import (
-    Conversation,
-    Stream,
-    accept_conversation,
-    open_conversation,
-    read_message,
-    write_message,
-)
+from ganglion.wire.conversation import Conversation, Stream, open_conversation, read_message, write_message
 from ganglion.wire.errors import (
     DeviceLost,
     ErrorBody,
@@ -31,39 +25,102 @@ from ganglion.wire.errors import (
     ProtocolViolation,
     Unreachable,
     from_body,
-    to_body,
 )
-from ganglion.wire.identity import Identity, VerifiedRecord, peer_of, verify_record
-from ganglion.wire.limits import CONTROL_MESSAGE_BYTES
-
-log = logging.getLogger(__name__)
+from ganglion.wire.identity import Identity, verify_record
+from ganglion.wire.limits import CONTROL_MESSAGE_BYTES, DRAFTS_BYTES
 
 METHOD: Final = "/ganglion.v1.Session/Run"
-_SERVICE, _NAME = "ganglion.v1.Session", "Run"
-_REQUEST: Final = b"ganglion.v1 session request"
-_EVENT: Final = b"ganglion.v1 session event"
+REQUEST: Final = b"ganglion.v1 session request"
+EVENT: Final = b"ganglion.v1 session event"
 
 
-class _End:
-    """One end of an opened session."""
+class End:
+    """One end of an opened session. Bytes are those of messages before sealing, the handshake's not among them."""
 
     def __init__(self, stream: Stream, conversation: Conversation) -> None:
+        self.sent_bytes = 0
+        self.received_bytes = 0
         self._stream = stream
         self._sealer = conversation.sealer
         self._opener = conversation.opener
         self._who = f"the node {conversation.peer.node_id}"
+        self._writing = asyncio.Lock()  # frames are numbered: they leave in the order in which they were sealed
 
     async def send(self, context: bytes, body: bytes) -> None:
+        """Seal and send a message; raises Exhausted for one that is too large, DeviceLost."""
         if len(body) + 64 > CONTROL_MESSAGE_BYTES:
             raise Exhausted(f"a session message of {len(body)} bytes, at most {CONTROL_MESSAGE_BYTES - 64} are sent")
-        await write_message(self._stream, self._sealer.seal(context, body), self._who)
+        async with self._writing:
+            await write_message(self._stream, self._sealer.seal(context, body), self._who)
+            self.sent_bytes += len(body)
 
     async def receive(self, context: bytes) -> bytes:
-        return self._opener.open(context, await read_message(self._stream, self._who))
+        """The next message; raises DeviceLost, ProtocolViolation, and what the peer ended the stream with."""
+        body = self._opener.open(context, await read_message(self._stream, self._who))
+        self.received_bytes += len(body)
+        return body
+
+
+class Opened:
+    """The client's end of a session that runs; made by `SessionClient.open`."""
+
+    def __init__(self, call: Any, end: End) -> None:
+        self._call = call
+        self._end = end
+        self._over = False
+
+    @property
+    def sent_bytes(self) -> int:
+        """Of all requests, Open among them, before sealing."""
+        return self._end.sent_bytes
+
+    @property
+    def received_bytes(self) -> int:
+        """Of all events, before sealing."""
+        return self._end.received_bytes
+
+    async def events(self) -> AsyncGenerator[lane_pb2.SessionEvent, None]:
+        """Accepted, Tokens, and at last Finished; to be called once. Closing the generator closes the session.
+
+        Raises what the lead fails with (its Failed event as an error of the tree), DeviceLost when the lead goes away.
+        """
+        try:
+            while not self._over:
+                try:
+                    event = _parse_event(await self._end.receive(EVENT))
+                except DeviceLost:
+                    if self._over:  # closed here, meanwhile
+                        return
+                    raise
+                self._over |= event.WhichOneof("body") in {"finished", "failed"}
+                if event.WhichOneof("body") == "failed":
+                    raise from_body(ErrorBody(event.failed.code, event.failed.message, event.failed.param or None))
+                yield event
+        finally:
+            await self.close()
+
+    async def send_drafts(self, drafts: lane_pb2.Drafts) -> None:
+        """Send a message; where the session is over or the lead is gone it is dropped: `events` says why.
+
+        Raises Exhausted for more than DRAFTS_BYTES. A cancelled send ends the session.
+        """
+        body = lane_pb2.SessionRequest(drafts=drafts).SerializeToString()
+        if len(body) > DRAFTS_BYTES:
+            raise Exhausted(f"drafts of {len(body)} bytes, at most {DRAFTS_BYTES} are sent at a time")
+        if not self._over:
+            with contextlib.suppress(GanglionError):
+                await self._end.send(REQUEST, body)
+
+    async def close(self) -> None:
+        """Cancel what runs and end the stream; again: nothing."""
+        if not self._over:
+            self._over = True
+            await _say_cancel(self._end)
+        self._call.cancel()
 
 
 class SessionClient:
-    """The gateway's side: sessions on one lead, over one kept channel. Raises Unauthenticated for a record not signed.
+    """The client's side: sessions on one lead, over one kept channel. Raises Unauthenticated for a record not signed.
 
     `lead`: the lead's worker, with an address; its record is verified under the owner's key. `close()` when done.
     """
@@ -80,31 +137,31 @@ class SessionClient:
         """End what runs and release the channel."""
         await self._channel.close()
 
+    async def open(self, request: lane_pb2.Open) -> Opened:
+        """Begin a session, which runs until its `events` end or it is closed.
+
+        Raises Unreachable, DeviceLost, Conflict for a stale epoch, PermissionDenied, Unauthenticated, Exhausted.
+        """
+        call: Any = self._channel.stream_stream(METHOD)()
+        try:
+            end = End(call, await self._converse(call))
+            await end.send(REQUEST, lane_pb2.SessionRequest(open=request).SerializeToString())
+        except BaseException:
+            call.cancel()
+            raise
+        return Opened(call, end)
+
     async def run(self, request: lane_pb2.Open) -> AsyncGenerator[lane_pb2.SessionEvent, None]:
         """Run a session: yields Accepted, Tokens, and at last Finished. Closing the generator cancels the session.
 
-        Raises what the lead fails with (its Failed event as an error of the tree), Unreachable, DeviceLost when the
-        lead goes away, Conflict for a stale epoch, Unauthenticated.
+        Raises what `open` and `Opened.events` raise.
         """
-        call: Any = self._channel.stream_stream(METHOD)()
-        finished = False
-        end: _End | None = None
-        try:
-            end = _End(call, await self._open(call))
-            await end.send(_REQUEST, lane_pb2.SessionRequest(open=request).SerializeToString())
-            while not finished:
-                event = _parse_event(await end.receive(_EVENT))
-                if event.WhichOneof("body") == "failed":
-                    finished = True
-                    raise from_body(ErrorBody(event.failed.code, event.failed.message, event.failed.param or None))
-                finished = event.WhichOneof("body") == "finished"
+        opened = await self.open(request)
+        async with contextlib.aclosing(opened.events()) as events:
+            async for event in events:
                 yield event
-        finally:
-            if not finished and end is not None:
-                await _say_cancel(end)
-            call.cancel()
 
-    async def _open(self, call: Any) -> Conversation:
+    async def _converse(self, call: Any) -> Conversation:
         opening = lane_pb2.Opening(deployment=self._deployment, epoch=self._epoch)
         try:
             return await open_conversation(call, self._identity, self._record, "session", opening)
@@ -115,11 +172,11 @@ class SessionClient:
             raise
 
 
-async def _say_cancel(end: _End) -> None:
+async def _say_cancel(end: End) -> None:
     cancel = lane_pb2.SessionRequest(cancel=lane_pb2.Cancel())
     try:
         async with asyncio.timeout(0.25):
-            await end.send(_REQUEST, cancel.SerializeToString())
+            await end.send(REQUEST, cancel.SerializeToString())
     except (GanglionError, TimeoutError):
         pass  # the lead is gone; cutting the call says the same
 
@@ -132,87 +189,3 @@ def _parse_event(body: bytes) -> lane_pb2.SessionEvent:
     if event.WhichOneof("body") is None:
         raise ProtocolViolation("a session event without a body")
     return event
-
-
-# node id of the caller -> its record, or raises a refusal
-AcceptGateway = Callable[[str, str, int], VerifiedRecord]
-# the events of one session of the gateway of this node id; closed (a cancellation at its await) as soon as the client
-# leaves or cancels
-OnSession = Callable[[lane_pb2.Open, str], AsyncGenerator[lane_pb2.SessionEvent, None]]
-
-
-class SessionServicer:
-    """The lead's side.
-
-    `accept(node_id, deployment, epoch)` returns the gateway's verified record, or raises PermissionDenied, Conflict.
-    `on_session(open, node_id)` is an async generator of events, the last of them Finished; an error that it raises
-    becomes Failed. When the client leaves or cancels, the generator is cancelled where it waits, at once; its `finally`
-    frees the session.
-    """
-
-    def __init__(self, identity: Identity, accept: AcceptGateway, on_session: OnSession) -> None:
-        self._identity = identity
-        self._accept = accept
-        self._on_session = on_session
-
-    def add_to(self, server: grpc.aio.Server) -> None:
-        """Serve `/ganglion.v1.Session/Run` there, as raw bytes."""
-        handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.stream_stream_rpc_method_handler(self._run)
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, {_NAME: handler}),))
-
-    async def _run(self, _requests: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
-        node_id = peer_of(context).node_id
-
-        def accept(opening: lane_pb2.Opening) -> VerifiedRecord:
-            return self._accept(node_id, opening.deployment, opening.epoch)
-
-        stream: Any = context
-        conversation = await accept_conversation(stream, self._identity, node_id, "session", accept)
-        end = _End(stream, conversation)
-        request = await self._request(end)
-        if request.WhichOneof("body") != "open":
-            raise ProtocolViolation("a session begins with Open")
-        serving = asyncio.create_task(self._serve(end, request.open, node_id))
-        leaving = asyncio.create_task(self._until_cancelled(end))
-        try:
-            await asyncio.wait({serving, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (serving, leaving):
-                task.cancel()
-            await asyncio.gather(serving, leaving, return_exceptions=True)
-        if not serving.cancelled() and (error := serving.exception()) is not None:
-            raise error
-
-    async def _request(self, end: _End) -> lane_pb2.SessionRequest:
-        try:
-            return lane_pb2.SessionRequest.FromString(await end.receive(_REQUEST))
-        except DecodeError:
-            raise ProtocolViolation("a session request does not parse") from None
-
-    async def _until_cancelled(self, end: _End) -> None:
-        """Return when the client cancels or leaves; anything else that it says now is a violation, and ends it too."""
-        try:
-            await self._request(end)
-        except GanglionError:
-            return
-
-    async def _serve(self, end: _End, request: lane_pb2.Open, node_id: str) -> None:
-        events = self._on_session(request, node_id)
-        try:
-            async for event in events:
-                await end.send(_EVENT, event.SerializeToString())
-        except DeviceLost as error:
-            if isinstance(error.__cause__, grpc.RpcError | grpc.aio.BaseError):
-                return  # the client left
-            await self._fail(end, error)
-        except Exception as error:  # noqa: BLE001 - the edge: everything becomes Failed
-            await self._fail(end, error)
-        finally:
-            await events.aclose()
-
-    async def _fail(self, end: _End, error: Exception) -> None:
-        if not isinstance(error, GanglionError):
-            log.error("a session failed by a defect", exc_info=error)
-        body = to_body(error)
-        failed = lane_pb2.Failed(code=body.code, message=body.message, param=body.param or "")
-        await end.send(_EVENT, lane_pb2.SessionEvent(failed=failed).SerializeToString())

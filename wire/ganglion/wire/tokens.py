@@ -8,7 +8,7 @@ import hashlib
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from google.protobuf.message import DecodeError
@@ -33,6 +33,7 @@ class JoinToken:
     owner_public_key: bytes  # Ed25519, 32 bytes
     seed: bytes  # 32 bytes, secret
     grant: pb.SignedGrant
+    gateway_grant: pb.SignedGrant | None = None  # of the same one-time key: a gateway may come beside the agent
 
     def __repr__(self) -> str:  # the seed must not reach a log
         return f"JoinToken({self.allows.token_id}, {', '.join(self.addresses)})"
@@ -42,6 +43,22 @@ class JoinToken:
         """What it allows; not verified by this."""
         return pb.JoinGrant.FromString(self.grant.grant)
 
+    @property
+    def for_gateway(self) -> JoinToken:
+        """The token for the gateway beside the agent; raises InvalidRequest when it lets none in."""
+        if self.gateway_grant is None:
+            raise InvalidRequest(
+                "this token lets an agent in, and no gateway beside it, which a device that drafts has: make one with"
+                " `ganglion token create --draft`",
+                param="token",
+            )
+        return replace(self, grant=self.gateway_grant, gateway_grant=None)
+
+    @property
+    def grants(self) -> tuple[pb.SignedGrant, ...]:
+        """Every grant in it; each has uses of its own."""
+        return (self.grant,) if self.gateway_grant is None else (self.grant, self.gateway_grant)
+
     def encode(self) -> str:
         """The line for people: `gj1.` and base64url."""
         body = pb.JoinTokenBody(
@@ -50,6 +67,7 @@ class JoinToken:
             owner_public_key=self.owner_public_key,
             seed=self.seed,
             grant=self.grant,
+            gateway_grant=self.gateway_grant,
         ).SerializeToString()
         return PREFIX + base64.urlsafe_b64encode(body + _checksum(body)).decode().rstrip("=")
 
@@ -90,10 +108,15 @@ class JoinToken:
             raise InvalidDocument("the join token lacks an address, a pin of 16 or a seed of 32 bytes", param="token")
         for address in body.addresses:
             split_address(address)
-        grant = verify_grant(body.grant, body.owner_public_key)
-        if grant.one_time_public_key != one_time_public_key(body.seed):
-            raise Unauthenticated("the join token's seed is not of the key that the owner signed")
-        return cls(tuple(body.addresses), body.authority_pin, body.owner_public_key, body.seed, body.grant)
+        beside = body.gateway_grant if body.HasField("gateway_grant") else None
+        token = cls(tuple(body.addresses), body.authority_pin, body.owner_public_key, body.seed, body.grant, beside)
+        for signed in token.grants:
+            grant = verify_grant(signed, body.owner_public_key)
+            if grant.one_time_public_key != one_time_public_key(body.seed):
+                raise Unauthenticated("the join token's seed is not of the key that the owner signed")
+        if beside is not None and pb.JoinGrant.FromString(beside.grant).role != Role.GATEWAY.number:
+            raise Unauthenticated("the join token's second grant is for another role than a gateway's")
+        return token
 
     def check_fresh(self, now: float | None = None) -> None:
         """Raise Unauthenticated when the token has expired at `now` (unix seconds, by default this moment)."""
@@ -117,11 +140,13 @@ def mint(
     role: Role = Role.AGENT,
     lifetime_s: float = 3600.0,
     uses: int = 1,
+    gateway: bool = False,
     now: float | None = None,
 ) -> JoinToken:
     """A new token; the coordinator must be told its grant (`Admin.RegisterToken`) or accept it on sight.
 
-    `addresses`: host:port of the enrolment port, at most 8. Raises InvalidRequest.
+    `addresses`: host:port of the enrolment port, at most 8. `gateway`: a gateway may come beside each agent, under the
+    same label and for as long. Raises InvalidRequest.
     """
     if not 1 <= len(addresses) <= 8:
         raise InvalidRequest(f"a token holds 1 to 8 addresses, not {len(addresses)}", param="addresses")
@@ -129,13 +154,20 @@ def mint(
         raise InvalidRequest(f"a token needs uses >= 1 and a lifetime > 0, not {uses} and {lifetime_s} s")
     for address in addresses:
         split_address(address)
+    if gateway and role is not Role.AGENT:
+        raise InvalidRequest(f"a gateway comes beside an agent, not beside a node of role {role.value}", param="role")
     seed = secrets.token_bytes(32)
-    grant = pb.JoinGrant(
-        token_id=secrets.token_hex(6),
-        one_time_public_key=one_time_public_key(seed),
-        label=label.number,
-        role=role.number,
-        expires_unix_s=int((time.time() if now is None else now) + lifetime_s),
-        uses=uses,
-    )
-    return JoinToken(tuple(addresses), authority_pin, owner_key.public_key, seed, owner_key.sign_grant(grant))
+
+    def grant(role: Role) -> pb.SignedGrant:
+        made = pb.JoinGrant(
+            token_id=secrets.token_hex(6),
+            one_time_public_key=one_time_public_key(seed),
+            label=label.number,
+            role=role.number,
+            expires_unix_s=int((time.time() if now is None else now) + lifetime_s),
+            uses=uses,
+        )
+        return owner_key.sign_grant(made)
+
+    beside = grant(Role.GATEWAY) if gateway else None
+    return JoinToken(tuple(addresses), authority_pin, owner_key.public_key, seed, grant(role), beside)

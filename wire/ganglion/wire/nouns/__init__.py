@@ -2,9 +2,11 @@
 
 from ganglion.wire.nouns.device import BATCH_ROWS, PREFILL_ROWS, DeviceProfile, FormatRate
 from ganglion.wire.nouns.document import Document, digest, from_json, to_json
+from ganglion.wire.nouns.drafting import AwayPolicy, Drafter, Drafting, DraftMode, drafting_fault, id_files
 from ganglion.wire.nouns.manifest import (
     EXACT_POSITIONS,
     MANIFEST_FORMAT,
+    TOKENIZER_FILE,
     WEIGHTS_FILE,
     Embedding,
     Geometry,
@@ -36,10 +38,15 @@ __all__ = [
     "MANIFEST_FORMAT",
     "PREFILL_ROWS",
     "PREFIX_BLOCK_TOKENS",
+    "TOKENIZER_FILE",
     "WEIGHTS_FILE",
+    "AwayPolicy",
     "Candidate",
     "DeviceProfile",
     "Document",
+    "DraftMode",
+    "Drafter",
+    "Drafting",
     "Embedding",
     "FormatRate",
     "Geometry",
@@ -57,7 +64,9 @@ __all__ = [
     "Slot",
     "Stage",
     "digest",
+    "drafting_fault",
     "from_json",
+    "id_files",
     "kv_capacity_tokens",
     "to_json",
 ]

@@ -17,6 +17,7 @@ import msgspec
 from ganglion.wire.nouns.document import Document
 
 WEIGHTS_FILE = "weights.bin"
+TOKENIZER_FILE = "tokenizer.json"  # of Manifest.tokenizer: what ids mean, and what a grammar's masks are made from
 MANIFEST_FORMAT: Literal[3] = 3
 EXACT_POSITIONS = 66  # of a session's buffers and of cos, sin: exact attention writes so many even for fewer tokens
 

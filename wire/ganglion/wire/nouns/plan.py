@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from ganglion.wire.nouns.document import Document
+from ganglion.wire.nouns.drafting import Drafter, Drafting, Window
 from ganglion.wire.nouns.manifest import Count, Digest, NumericClass, Positive
 
 NodeId = Annotated[str, msgspec.Meta(pattern="^[a-z2-7]{26}$")]
@@ -80,6 +81,8 @@ class Plan(Document, frozen=True, kw_only=True):
     overlap: bool = False  # large steps run in halves: while the sums of one travel, the other computes
     # tokens whose key-value state is kept for later sessions; 0: none
     prefix_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**24, multiple_of=PREFIX_BLOCK_TOKENS)] = 0
+    drafter: Drafter | None = None  # at the lead
+    drafting: Drafting | None = None  # set: the lead also drafts for another model
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -106,6 +109,10 @@ class PlanOptions(Document, frozen=True, kw_only=True):
     private: bool = False  # only devices labelled owner
     # None: as many as one session's context and 8192, and as fit after weights and sessions; rounded up to whole blocks
     prefix_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**24)] | None = None
+    # the lead's own: none; "ngram"; the first K layers; or the model whose manifest comes with the options
+    drafter: Annotated[str, msgspec.Meta(pattern="^(|ngram|model|early:[1-9][0-9]{0,3})$")] = ""
+    window_tokens: Window = 0  # of that drafter
+    drafting: Drafting | None = None  # draft for another model: on one device that is labelled owner
 
 
 class Candidate(Document, frozen=True, kw_only=True):
