@@ -82,6 +82,15 @@ def test_many_streams_are_int8_and_a_draft_is_int4():
     assert "int8 would take" in draft.reason
 
 
+def test_what_verifies_drafted_tokens_is_int8():
+    found = choose_format(MODEL, [device()], WORKLOADS["verify"])
+    assert found.format == "int8"
+    assert "one at a time in steps of 9 rows" in found.reason
+    assert "times as fast as mixed" in found.reason
+    tight = choose_format(MODEL, [device(gib=1.9)], WORKLOADS["verify"])
+    assert (tight.format, "int8 needs" in tight.reason) == ("int4", True)
+
+
 def test_measured_figures_decide():
     """Where int8 is no faster for prompts nothing is held twice; where it decodes as fast, it does all."""
     slow = device(int8=msgspec.structs.replace(INT8, prefill_flop_per_s=2.5e11))

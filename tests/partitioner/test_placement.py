@@ -25,6 +25,7 @@ from ganglion.partitioner.placement_split import (
 from ganglion.wire.errors import InvalidRequest, NotFound, PermissionDenied
 from ganglion.wire.nouns import (
     DeviceProfile,
+    Drafting,
     Embedding,
     FormatRate,
     Geometry,
@@ -38,6 +39,7 @@ from ganglion.wire.nouns import (
     RopeTable,
     Segment,
     Slot,
+    digest,
     from_json,
     to_json,
 )
@@ -666,3 +668,96 @@ def test_large_steps_overlap_where_sums_travel_longer_than_weights_are_read():
     assert overlap(devices, 125e6)
     assert not overlap(devices, 125e9)
     assert not overlap([device(1, host="h"), device(2, host="h")], 125e6)  # there it is processor time
+
+
+def small(**changes: Any) -> Manifest:
+    """A drafter: a tenth of the model, of the same vocabulary."""
+    made = msgspec.structs.replace(manifest(layers=4, kv_heads=2, scale=20), name="small")
+    return msgspec.structs.replace(made, **changes)
+
+
+def test_a_drafter_is_weighed_at_the_lead_and_said() -> None:
+    plain = place(manifest(), [device(0)], {}, PlanOptions(prefix_tokens=0, sessions=3)).candidates[0]
+    options = PlanOptions(prefix_tokens=0, sessions=3, drafter="model", window_tokens=5)
+    report = place(manifest(), [device(0)], {}, options, small())
+    assert report.plan is not None
+    drafter = report.plan.drafter
+    assert drafter is not None
+    assert (drafter.kind, drafter.manifest_digest, drafter.slots) == ("model", digest(small()), 3)
+    assert drafter.window_tokens == 5
+    size, name = ModelSize(small()), report.candidates[0].devices[0]
+    geometry = small().geometry
+    heads, columns = Range(0, geometry.head_groups), Range(0, geometry.column_groups)
+    weights = size.share_bytes(size.all_layers, heads, columns, Range(0, geometry.vocab_groups), kv_tokens=0)
+    taken = weights + size.embedding_bytes + size.rope_bytes + size.activation_bytes(report.plan.chunk)
+    taken += 3 * size.kv_bytes(size.all_layers, heads, tokens=2048)
+    assert report.candidates[0].memory_bytes[name] - plain.memory_bytes[name] == taken
+    assert "drafts by small" in report.candidates[0].reason
+    # Fewer sequences where memory is short, then less context of the model itself, then nothing.
+    tight = plain.memory_bytes[name] + taken - size.kv_bytes(size.all_layers, heads, tokens=2048) // 2
+    report = place(manifest(), [device(0, memory=tight)], {}, options, small())
+    assert report.plan is not None
+    assert report.plan.drafter is not None
+    assert report.plan.drafter.slots == 2
+    assert "2 sequences of 3 wanted" in report.candidates[0].reason
+    lacking = place(manifest(), [device(0, memory=180 << 20)], {}, options, small())
+    assert lacking.plan is None
+    assert "(--drafter)" in lacking.candidates[0].reason
+
+
+def test_n_grams_weigh_nothing_and_early_layers_their_state() -> None:
+    ngram = place(manifest(), [device(0)], {}, PlanOptions(drafter="ngram")).candidates[0]
+    plain = place(manifest(), [device(0)], {}, PlanOptions()).candidates[0]
+    assert ngram.memory_bytes == plain.memory_bytes
+    options = PlanOptions(prefix_tokens=0, sessions=2, drafter="early:3")
+    alone = place(manifest(), [device(0)], {}, options)
+    assert alone.plan is not None
+    assert alone.plan.drafter is not None
+    assert (alone.plan.drafter.kind, alone.plan.drafter.layers, alone.plan.drafter.slots) == ("early", 3, 2)
+    without = place(manifest(), [device(0)], {}, PlanOptions(prefix_tokens=0, sessions=2)).candidates[0]
+    size = ModelSize(manifest())
+    heads = Range(0, manifest().geometry.head_groups)
+    state = 2 * size.kv_bytes(Range(0, 3), heads, tokens=2048) + size.activation_bytes(alone.plan.chunk)
+    grown = sum(alone.candidates[0].memory_bytes.values()) - sum(without.memory_bytes.values())
+    assert grown == state
+    # A lead with a share of the model holds the whole of these layers beside it.
+    devices = [device(0), device(1)]
+    shared = place(manifest(), devices, {}, msgspec.structs.replace(options, mode="tensor"))
+    bare = place(manifest(), devices, {}, PlanOptions(prefix_tokens=0, sessions=2, mode="tensor"))
+    grown = sum(shared.candidates[0].memory_bytes.values()) - sum(bare.candidates[0].memory_bytes.values())
+    assert grown > state
+
+
+@pytest.mark.parametrize(
+    ("options", "drafter", "words"),
+    [
+        (PlanOptions(drafter="early:16"), None, "which has 16 layers"),
+        (PlanOptions(drafter="model"), None, "come together"),
+        (PlanOptions(), small(), "come together"),
+        (PlanOptions(drafter="model"), small(tokenizer={"tokenizer.json": ref(9)}), "differ in tokenizer.json"),
+        (
+            PlanOptions(drafter="model"),
+            small(geometry=msgspec.structs.replace(small().geometry, vocab=77)),
+            "small has a vocabulary of 77",
+        ),
+        (PlanOptions(drafter="ngram", drafting=Drafting(target="big")), None, "takes no drafter"),
+    ],
+)
+def test_a_drafter_that_does_not_fit_is_refused_by_name(options, drafter, words) -> None:
+    with pytest.raises(InvalidRequest, match=words):
+        place(manifest(), [device(0)], {}, options, drafter)
+
+
+def test_who_drafts_is_one_device_of_the_owner_within_its_limit() -> None:
+    drafting = Drafting(target="big", memory_bytes=2 * GB)
+    devices = [device(0, memory=8 * GB), device(1, memory=8 * GB)]
+    report = place(manifest(), devices, {}, PlanOptions(sessions=2, drafting=drafting))
+    assert report.plan is not None
+    assert len(report.plan.devices) == 1
+    assert report.plan.drafting == drafting
+    assert report.plan.drafter is not None
+    assert report.plan.drafter.slots == 8
+    assert all(size <= 2 * GB for each in report.candidates for size in each.memory_bytes.values())
+    friend = device(2, label="friend")
+    with pytest.raises(PermissionDenied, match="friend"):
+        place(manifest(), [friend], {}, PlanOptions(devices=(friend.name,), drafting=drafting))

@@ -1,7 +1,8 @@
 """Which format to run a model in, by what it is for: from measured rates and memory. Pure, but for `figures_of`.
 
-A reference request stands for the workload: its prompt and its answer, so many of them at once. A step of one row takes
-what the device measured of one, of 16 and of 128 rows what it measured of those, in between it is interpolated.
+A reference request stands for the workload: its prompt and its answer, so many of them at once, each with so many rows
+in a step. A step of one row takes what the device measured of one, of 16 and of 128 rows what it measured of those, in
+between it is interpolated.
 """
 
 from __future__ import annotations
@@ -34,17 +35,23 @@ GIB: Final = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """A reference request, in tokens, and how many run at once."""
+    """A reference request, in tokens, and how many run at once.
+
+    rows: of a step for each: more than one where drafted tokens are verified. tokens: of the answer that a step gives.
+    """
 
     prompt_tokens: int
     answer_tokens: int
     streams: int
+    rows: int = 1
+    tokens: int = 1
 
 
 WORKLOADS: Final[dict[str, Workload]] = {
     "chat": Workload(1024, 256, 1),
     "batch": Workload(1024, 256, 16),
     "draft": Workload(0, 256, 1),
+    "verify": Workload(1024, 256, 1, rows=9, tokens=4),
 }
 
 
@@ -170,8 +177,10 @@ def _request_s(model: Figures, kind: NumericClass, profile: DeviceProfile, workl
     """Seconds of the workload's requests, all at once."""
     generated = _bytes(model.active_numbers, base_of(kind)), model.active_numbers
     head = _bytes(model.head_numbers, base_of(kind)), model.head_numbers
-    steps_s = step_s(profile, kind, *generated, workload.streams) + step_s(profile, kind, *head, workload.streams)
-    return workload.streams * _prompt_s(model, kind, profile, workload) + workload.answer_tokens * steps_s
+    rows = workload.streams * workload.rows
+    steps_s = step_s(profile, kind, *generated, rows) + step_s(profile, kind, *head, rows)
+    steps = workload.answer_tokens / workload.tokens
+    return workload.streams * _prompt_s(model, kind, profile, workload) + steps * steps_s
 
 
 def _prompt_s(model: Figures, kind: NumericClass, profile: DeviceProfile, workload: Workload) -> float:
@@ -199,6 +208,7 @@ def _reason(best: _Way, ways: Mapping[Choice, _Way], short: Mapping[Choice, str]
     if best.format == "int8":
         told = [f"{way.seconds / best.seconds:.1f} times as fast as {way.format}" for way in others]
         streams = f"{of.streams} at once" if of.streams > 1 else "one at a time"
+        streams += f" in steps of {of.rows} rows" if of.rows > 1 else ""
         return "; ".join([*short.values(), ", ".join([streams, *told]), f"{best.memory} on {best.device.name}"])
     told = [f"{way.format} would take {way.seconds / best.seconds:.2f} times as long" for way in others]
     return "; ".join([*short.values(), *told]) + f"; {best.memory} on {best.device.name}"

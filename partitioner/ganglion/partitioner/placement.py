@@ -24,6 +24,7 @@ from ganglion.partitioner.cost import (
     rate_key,
 )
 from ganglion.partitioner.placement_candidates import pipeline, tensor
+from ganglion.partitioner.placement_drafter import drafter_load
 from ganglion.partitioner.placement_request import FULL_CONTEXTS, Outcome, Request
 from ganglion.wire.errors import InvalidRequest, NotFound, PermissionDenied
 from ganglion.wire.nouns import Candidate, Manifest, PlanOptions, PlanReport, digest
@@ -39,16 +40,22 @@ def place(
     devices: Sequence[Device],
     links: Mapping[tuple[str, str], LinkFigures],
     options: PlanOptions,
+    drafter: Manifest | None = None,
 ) -> PlanReport:
     """Predict every way to run `manifest` on `devices` and choose the fastest that fits.
 
     `links` holds what each device measured of the others; a missing pair is taken at a conservative prior, and the
     reason says so. `PlanReport.plan` is None when nothing fits, the reasons saying how many bytes are missing where.
-    The same devices, links and options in any order give the same report.
+    The same devices, links and options in any order give the same report. `drafter`: the model that guesses at the
+    lead, where the options say so. A plan that drafts for another model is on one device that is labelled owner.
 
     Raises InvalidRequest for options that contradict each other, NotFound for a device that is not among `devices`,
+    InvalidRequest naming what differs for a drafter of another tokenizer or vocabulary,
     PermissionDenied when `private` excludes a named device, InvalidDocument for a manifest whose pieces do not match.
     """
+    if options.drafting is not None:
+        devices = [_limited(device, options.drafting.memory_bytes) for device in devices]
+        options = msgspec.structs.replace(options, mode="single", private=True)
     usable = _select(devices, manifest, options)
     request = Request(
         manifest=manifest,
@@ -57,6 +64,7 @@ def place(
         network=Network(links, devices),
         options=options,
         rungs=_rungs(manifest, options),
+        drafter=drafter_load(manifest, options, drafter),
     )
     outcomes = list(_outcomes(request, usable))
     feasible = [outcome for outcome in outcomes if outcome.plan is not None]
@@ -89,6 +97,15 @@ def surviving_options(options: PlanOptions, devices: Sequence[Device]) -> PlanOp
         shares=tuple(options.shares[index] for index in kept) if options.shares and left > 1 else (),
         mode="auto" if left < 2 else options.mode,
     )
+
+
+def _limited(device: Device, memory_bytes: int) -> Device:
+    """The device with at most so much memory; 0: as it is."""
+    budget = device.profile.memory_budget_bytes
+    if not 0 < memory_bytes < budget:
+        return device
+    profile = msgspec.structs.replace(device.profile, memory_budget_bytes=memory_bytes)
+    return Device(device.node_id, device.name, device.label, profile)
 
 
 def _rank(outcome: Outcome) -> tuple[float, int, int, tuple[str, ...]]:

@@ -36,7 +36,7 @@ from ganglion.partitioner.placement_split import (
     shortage,
 )
 from ganglion.partitioner.placement_sums import PAYLOADS, overlaps, payload_of
-from ganglion.wire.nouns import PREFIX_BLOCK_TOKENS, Plan, Range, Share, Stage, kv_capacity_tokens
+from ganglion.wire.nouns import PREFIX_BLOCK_TOKENS, Drafter, Plan, Range, Share, Stage, kv_capacity_tokens
 from ganglion.wire.nouns.plan import Topology
 
 SESSIONS: Final = 16  # at a time, where none were asked for
@@ -75,6 +75,7 @@ def _tensor(
             part.available_bytes - size.fixed_bytes(chunk=request.chunk(rung[0]), lead=rank == 0)
             for rank, part in enumerate(parts)
         ]
+        room[0] = request.lead_room(room[0], rung, alone=len(parts) == 1)
         counts = _counts(request, axes, parts, room)
         if not isinstance(counts, Shortage):
             break
@@ -118,6 +119,8 @@ def pipeline(request: Request, devices: Sequence[Device]) -> Outcome:
         capacity.clear()
         for rank, part in enumerate(parts):
             room = part.available_bytes - size.fixed_bytes(chunk=request.chunk(rung[0]), lead=rank == 0)
+            if rank == 0:
+                room = request.lead_room(room, rung, alone=False)
             if rank == len(parts) - 1:
                 room -= size.share_bytes(EMPTY, EMPTY, EMPTY, Range(0, geometry.vocab_groups), kv_tokens=0)
             capacity.append(max(0, room // max(1, layer_bytes)))
@@ -253,6 +256,7 @@ def _finish(request: Request, outcome: Outcome, parts: Sequence[Slice], stages: 
                 stage.layers, share.heads, share.columns, share.vocab, kv_tokens=request.kv_tokens(rung)
             )
             outcome.memory_bytes[by_id[share.device].device.name] = fixed + loaded
+    drafter = _seat_drafter(request, outcome, by_id[lead].device.name, context, alone=lone)
     if request.options.prefix_tokens is None:
         prefix_tokens = _keep_what_fits(request, outcome, by_id, stages, context)
     _remark(request, outcome, rung)
@@ -268,7 +272,21 @@ def _finish(request: Request, outcome: Outcome, parts: Sequence[Slice], stages: 
         payload=payload,
         overlap=overlaps(request, stages, payload, context, compute_s),
         prefix_tokens=prefix_tokens,
+        drafter=drafter,
+        drafting=request.options.drafting,
     )
+
+
+def _seat_drafter(request: Request, outcome: Outcome, name: str, context: int, *, alone: bool) -> Drafter | None:
+    """The drafter at the lead called `name`, charged there; None without one."""
+    if request.drafter is None:
+        return None
+    spare_bytes = outcome.available_bytes[name] - outcome.memory_bytes[name]
+    sessions = request.options.sessions or SESSIONS
+    seat = request.drafter.seat(sessions, spare_bytes, context, chunk=request.chunk(context), alone=alone)
+    outcome.memory_bytes[name] += seat.size_bytes
+    outcome.remarks.append(f"{seat.remark} on {name}" if seat.size_bytes else seat.remark)
+    return seat.drafter
 
 
 def _keep_what_fits(
@@ -322,6 +340,8 @@ def _missing(outcome: Outcome, device: Device, missing_bytes: int, request: Requ
     context, held = request.rungs[-1]
     available = outcome.available_bytes[device.name]
     kept = f", and {request.prefix_tokens} tokens kept (--prefix-tokens)" if request.prefix_tokens else ""
+    if request.drafter is not None and request.drafter.size is not None:
+        kept += f", and {request.drafter.name} to draft (--drafter)"
     way_out = "use int4, which holds the weights once," if request.size.mixed else "use int4,"
     return (
         f"{outcome.title}: {device.name} lacks {missing_bytes / 1e6:.0f} MB beyond its {available / 1e6:.0f} MB, at"

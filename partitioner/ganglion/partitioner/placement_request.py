@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from ganglion.partitioner.cost import Device, ModelSize, Network
+from ganglion.partitioner.placement_drafter import DrafterLoad
 from ganglion.wire.nouns import PREFIX_BLOCK_TOKENS, Manifest, Plan, PlanOptions, kv_capacity_tokens
 
 FULL_CONTEXTS: Final = 4  # that fit in the key-value memory of all sessions, at most
@@ -24,6 +25,7 @@ class Request:
     network: Network
     options: PlanOptions
     rungs: tuple[Rung, ...]
+    drafter: DrafterLoad | None = None  # at the lead
 
     def chunk(self, context: int) -> int:
         """Rows of a step at most."""
@@ -32,6 +34,12 @@ class Request:
     def kv_tokens(self, rung: Rung) -> int:
         """Tokens of key-value state that must fit: of the sessions, and those asked to be kept of earlier ones."""
         return rung[1] * kv_capacity_tokens(rung[0]) + self.prefix_tokens
+
+    def lead_room(self, room_bytes: int, rung: Rung, *, alone: bool) -> int:
+        """What is left of a lead's room beside the least of a drafter; `alone`: the lead has the whole model."""
+        if self.drafter is None:
+            return room_bytes
+        return room_bytes - self.drafter.least_bytes(rung[0], chunk=self.chunk(rung[0]), alone=alone)
 
     @property
     def prefix_tokens(self) -> int:

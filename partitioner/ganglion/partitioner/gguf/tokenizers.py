@@ -68,6 +68,7 @@ SPLITS: Final = {
     **dict.fromkeys(("smollm", "refact", "starcoder"), Splits(words=True, digits=True)),
     "command-r": Splits(words=True, digits=True, nfc=True),
     "deepseek-llm": Splits(DEEPSEEK),
+    "superbpe": Splits((r"\p{N}+", r"(?=(\d{3})+(?!\d))")),
 }
 KINDS: Final = ("gpt2", "llama")
 SPECIALS: Final = {

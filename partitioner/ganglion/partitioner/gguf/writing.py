@@ -1,6 +1,6 @@
 """A checkpoint written as a GGUF file, one tensor at a time, laid out as llama.cpp's own converter lays it out.
 
-For a comparison on the same weights: without a tokenizer, so prompts are token ids.
+For llama.cpp and what is built on it: a comparison on the same weights, or a server that verifies drafts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ganglion.partitioner.checkpoint import Checkpoint
 from ganglion.partitioner.config import Config
 from ganglion.partitioner.families.reading import read_dense
 from ganglion.partitioner.gguf.names import LAYER, PAIRED, TOP
+from ganglion.partitioner.gguf.tokenizer_writing import NONE, add_tokenizer
 from ganglion.partitioner.rope import read_ropes
 from ganglion.partitioner.weights import Floats, Weights
 from ganglion.wire.errors import InvalidRequest, Unsupported
@@ -46,11 +47,14 @@ class _Entry:
     heads: int
 
 
-def write_gguf(checkpoint: Checkpoint, path: Path, kind: Kind, *, progress: Advance | None = None) -> Path:
+def write_gguf(
+    checkpoint: Checkpoint, path: Path, kind: Kind, *, tokenizer: str = NONE, progress: Advance | None = None
+) -> Path:
     """Write `checkpoint` to `path`, its matrices in `kind` (rounded by the gguf package), vectors in float32.
 
-    Returns `path`, which is there only when it is whole. Raises InvalidRequest for a kind that there is not,
-    Unsupported for an architecture, tensor or rope that is not written here.
+    tokenizer: how llama.cpp is to split text (`tokenizer_writing`: AUTO or a name); NONE: without one, so that prompts
+    are token ids. Returns `path`, which is there only when it is whole. Raises InvalidRequest for a kind that there is
+    not, Unsupported for an architecture, tensor or rope that is not written here, and what `add_tokenizer` raises.
     """
     import gguf
 
@@ -67,6 +71,10 @@ def write_gguf(checkpoint: Checkpoint, path: Path, kind: Kind, *, progress: Adva
     writer = gguf.GGUFWriter(begun, ARCHITECTURES[architecture])
     try:
         factors = _metadata(writer, checkpoint.config)
+        if tokenizer == NONE:
+            writer.add_tokenizer_model(NONE)
+        else:
+            add_tokenizer(writer, checkpoint, tokenizer)
         for entry in entries:
             width = gguf.quant_shape_to_byte_shape(entry.tensor.shape, entry.kind)
             size = int(np.prod(width))
@@ -151,7 +159,6 @@ def _metadata(writer: Any, config: Config) -> npt.NDArray[np.float32] | None:
     writer.add_rope_freq_base(theta)
     writer.add_layer_norm_rms_eps(model.epsilon)
     writer.add_vocab_size(model.vocab)
-    writer.add_tokenizer_model("none")
     plain = theta ** -(np.arange(0, model.head_dim, 2) / model.head_dim)
     factors = (plain / np.array(scaled.inverse_frequencies)).astype(np.float32)
     return None if np.allclose(factors, 1.0, rtol=1e-5) else factors
