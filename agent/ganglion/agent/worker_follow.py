@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError
 
+from ganglion.agent.executor.kv import Take
 from ganglion.agent.executor.prefix_blocks import Begin, Keep
 from ganglion.agent.lead.adjusting import NO_ADJUSTMENTS, Adjustments
 from ganglion.agent.lead.candidates import to_message
@@ -55,26 +56,28 @@ class Follower:
         executor.prepare(keeps, (*step.closed, *step.put_back), begins)
         for session in step.closed:
             self._adjustments.pop(session, None)
-        self._draws = [self._draw(entry) for entry in step.entries if entry.HasField("draw")]
+        if any(len(entry.draws) > entry.count for entry in step.entries):
+            raise ProtocolViolation(f"step {step.step}: an entry draws from more rows than it has")
+        self._draws = [self._draw(entry.session, draw) for entry in step.entries for draw in entry.draws]
         rows = sum(entry.count for entry in step.entries)
         if rows == 0:
             self._beat.end(executor.sessions, executor.kv_bytes)
             return
         role = read_role(step.role)
-        batch = executor.begin([(entry.session, entry.start, entry.count) for entry in step.entries], role)
+        takes = {one.session: Take(one.take_from, one.take_first) for one in step.entries if one.take_from}
+        batch = executor.begin([(entry.session, entry.start, entry.count) for entry in step.entries], role, takes)
         self._beat.begin(self._longest.announce(rows), executor.sessions, executor.kv_bytes)
         began = time.perf_counter()
         await self._runner.forward(step.step, batch)
         if self._runner.vocab is not None and self._draws:
             drawing = [
-                placed.first + placed.count - 1
-                for placed, entry in zip(batch.entries, step.entries, strict=True)
-                if entry.HasField("draw")
+                placed.first + placed.count - draws + row
+                for placed, draws in zip(batch.entries, (len(entry.draws) for entry in step.entries), strict=True)
+                for row in range(draws)
             ]
-            answers = self._runner.answers(batch, drawing, self._draws)
-            reply = lane_pb2.CandidatesReply(
-                entries=[to_message(*pair) for pair in zip(answers, self._draws, strict=True)]
-            )
+            self._runner.head(batch, drawing)
+            answers = [to_message(self._runner.answer(*pair), pair[1]) for pair in enumerate(self._draws)]
+            reply = lane_pb2.CandidatesReply(entries=answers)
             await self._lane.send_message(Kind.CANDIDATES, step.step, reply.SerializeToString())
         self._longest.finished(rows, time.perf_counter() - began)
         self._beat.end(executor.sessions, executor.kv_bytes)
@@ -84,15 +87,15 @@ class Follower:
         if message.step != self._step or more.entry >= len(self._draws):
             raise ProtocolViolation(f"more candidates for draw {more.entry} of step {message.step} were asked for")
         draw = replace(self._draws[more.entry], candidates=more.candidates)
-        reply = lane_pb2.CandidatesReply(entries=[to_message(self._runner.again(more.entry, draw), draw)])
+        reply = lane_pb2.CandidatesReply(entries=[to_message(self._runner.answer(more.entry, draw), draw)])
         await self._lane.send_message(Kind.CANDIDATES, message.step, reply.SerializeToString(), message.exchange)
 
-    def _draw(self, entry: lane_pb2.StepEntry) -> Draw:
-        """What an entry asks, with the adjustments that its session was told before."""
-        held = self._adjustments.get(entry.session, NO_ADJUSTMENTS)
-        draw = read_draw(entry.draw, self._runner.vocab, held)
+    def _draw(self, session: int, message: lane_pb2.Draw) -> Draw:
+        """What a row asks, with the adjustments that its session was told before."""
+        held = self._adjustments.get(session, NO_ADJUSTMENTS)
+        draw = read_draw(message, self._runner.vocab, held)
         if draw.adjusting is not None:
-            self._adjustments[entry.session] = draw.adjusting.adjustments
+            self._adjustments[session] = draw.adjusting.adjustments
         return draw
 
 

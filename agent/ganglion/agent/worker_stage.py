@@ -13,7 +13,7 @@ from ganglion.agent.exchange.allreduce import AllReduce
 from ganglion.agent.exchange.payload import payload_of
 from ganglion.agent.exchange.plan import contributors, plan_exchange, stage_ranks
 from ganglion.agent.executor.buffers import Delta
-from ganglion.agent.executor.executor import Batch, Executor
+from ganglion.agent.executor.port import StepBatch, StepExecutor
 from ganglion.agent.lead.adjusting import VocabShare
 from ganglion.agent.lead.candidates import Answer, answer
 from ganglion.agent.lead.draw import Draw
@@ -50,7 +50,7 @@ class StageRunner:
     """Runs batches through this device's stage. One step at a time; one task uses it."""
 
     def __init__(
-        self, manifest: Manifest, plan: Plan, rank: int, executor: Executor, lanes: Mapping[int, Lane]
+        self, manifest: Manifest, plan: Plan, rank: int, executor: StepExecutor, lanes: Mapping[int, Lane]
     ) -> None:
         ranks_by_stage = stage_ranks(plan)
         number = next(index for index, ranks in enumerate(ranks_by_stage) if rank in ranks)
@@ -72,6 +72,7 @@ class StageRunner:
         self._payload: Payload = payload_of(manifest, plan)
         self._overlaps = plan.overlap and len(ranks) > 1
         self._chunk = plan.chunk
+        self._alone = len(plan.devices) == 1
         self._exchanges = self._plan_exchanges(plan, number, segments, lanes)
 
     def _plan_exchanges(
@@ -99,7 +100,20 @@ class StageRunner:
             giving = set()
         return tuple(found)
 
-    async def forward(self, step: int, batch: Batch) -> None:
+    @property
+    def alone(self) -> bool:
+        """Whether nothing of a step waits for another device."""
+        return self._alone
+
+    def run_alone(self, batch: StepBatch, rows: Sequence[int]) -> None:
+        """What `forward` and `head` do, on a device that is alone: it blocks, and may be called in another thread."""
+        before = time.perf_counter()
+        for index in range(len(self._exchanges)):
+            self.executor.run(batch, index)
+        self.meter.compute_s += time.perf_counter() - before
+        self.head(batch, rows)
+
+    async def forward(self, step: int, batch: StepBatch) -> None:
         """Take the rows (the lead has filled them in), run every segment, hand them on; raises what lanes raise."""
         executor, meter = self.executor, self.meter
         before = time.perf_counter()
@@ -126,7 +140,7 @@ class StageRunner:
                 await lane.send_tensor(Kind.HIDDEN, step, 0, handed)
             meter.exchange_s += time.perf_counter() - now
 
-    async def _run_segments(self, step: int, parts: Sequence[Batch]) -> None:
+    async def _run_segments(self, step: int, parts: Sequence[StepBatch]) -> None:
         """Every segment on every part of a step: while a part's sums travel, the next one computes."""
         executor, meter = self.executor, self.meter
         sums: list[Delta | None] = [None] * len(parts)
@@ -161,18 +175,17 @@ class StageRunner:
         """This device's share of the vocabulary; None when it answers no draws."""
         return self._vocab
 
-    def answers(self, batch: Batch, rows: Sequence[int], draws: Sequence[Draw]) -> list[Answer]:
-        """This share's answer to each draw, from the given rows of the batch; the logits are kept for `again`."""
+    def head(self, batch: StepBatch, rows: Sequence[int]) -> None:
+        """Run this device's share of the output matrix, if any, on rows of the batch; `answer` reads them."""
         if self._vocab is None or not rows:
             self._logits = None
-            return []
+            return
         before = time.perf_counter()
         self._logits = self.executor.logits(batch, rows)[:, : self._vocab.count]
         self.meter.compute_s += time.perf_counter() - before
-        return [answer(row, self._vocab, draw) for row, draw in zip(self._logits, draws, strict=True)]
 
-    def again(self, entry: int, draw: Draw) -> Answer:
-        """Answer another draw about the last step's `entry`-th drawing row; raises ProtocolViolation without one."""
-        if self._vocab is None or self._logits is None or not 0 <= entry < len(self._logits):
-            raise ProtocolViolation(f"more candidates for draw {entry} were asked of a device that has none")
-        return answer(self._logits[entry], self._vocab, draw)
+    def answer(self, number: int, draw: Draw) -> Answer:
+        """Answer a draw about the `number`-th row of the last `head`; raises ProtocolViolation without one."""
+        if self._vocab is None or self._logits is None or not 0 <= number < len(self._logits):
+            raise ProtocolViolation(f"draw {number} was asked of a device that has none")
+        return answer(self._logits[number], self._vocab, draw)

@@ -17,12 +17,14 @@ from transformers import AutoModelForCausalLM
 
 from ganglion.agent.executor.embedding import EmbeddingTable
 from ganglion.agent.executor.executor import Executor
+from ganglion.agent.executor.kv import Take
 from ganglion.agent.executor.loader import load_shard, start_runtime
 from ganglion.agent.executor.prefix_blocks import Begin, Keep
 from ganglion.agent.executor.prepacked import Prepacked
 from ganglion.agent.store import PieceStore, needed_pieces
 from ganglion.partitioner.cut import numeric_class, partition
 from ganglion.wire.errors import Corrupt, Exhausted, InvalidDocument, ProtocolViolation
+from ganglion.wire.limits import TREE_BRANCHES
 from ganglion.wire.nouns import Manifest, Plan, Range, Share, Stage, digest
 
 SHAPES: dict[str, Any] = {
@@ -105,9 +107,11 @@ class Together:
         self.cut = cut
         self.executors = executors
 
-    def step(self, entries: Sequence[tuple[int, int, int]], ids: Sequence[int]) -> np.ndarray:
+    def step(
+        self, entries: Sequence[tuple[int, int, int]], ids: Sequence[int], takes: dict[int, Take] | None = None
+    ) -> np.ndarray:
         """Logits of every row [rows, vocab], in runs of as many rows as a step may draw from."""
-        batches = [one.begin(entries) for one in self.executors]
+        batches = [one.begin(entries, takes=takes) for one in self.executors]
         for one, batch in zip(self.executors, batches, strict=True):
             self.cut.embedding.rows(ids, one.residual(batch))
         for index in range(self.executors[0].segments):
@@ -293,6 +297,96 @@ def test_blocks_that_no_lead_names_are_refused(cuts):
         executor.prepare([], [], [Begin(3, (1,), 50)])
     assert np.array_equal(executor._prefixes._blocks[1], kept)
     assert list(executor._prefixes._blocks) == [1]
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int4"])
+def test_a_session_goes_on_from_the_positions_of_another(cuts, weights):
+    cut = cuts("llama", weights)
+    expected, _ = cut.reference().forward(IDS)
+    for shares in ([1], [1, 0, 1]):
+        together = cut.executors(shares, sessions=2)
+        together.sequence(IDS[:40], [33, 7], 1)
+        together.sequence([*IDS[:8], 5, 5], [10], 2)
+        for one in together.executors:
+            one.copy(1, 2, 8, 37)
+        assert np.array_equal(together.step([(2, 37, 23)], IDS[37:]), expected[37:])
+        assert np.array_equal(together.step([(1, 40, 20)], IDS[40:]), expected[40:])
+        for one in together.executors:
+            one.close(2)
+            one.copy(1, 2, 0, 60)
+        assert np.array_equal(together.step([(2, 59, 1)], IDS[59:]), expected[59:])
+
+
+def test_positions_that_no_session_holds_are_not_copied(cuts):
+    executor = cuts("llama").executors([1], sessions=2).executors[0]
+    executor.begin([(1, 0, 5)])
+    for source, target, start, stop in ((2, 1, 0, 1), (1, 1, 0, 1), (1, 2, 1, 2), (1, 2, 0, 6), (1, 2, -1, 2)):
+        with pytest.raises(ProtocolViolation, match=f"positions {start}..{stop} of session {source}"):
+            executor.copy(source, target, start, stop)
+    executor.copy(1, 2, 0, 4)
+    with pytest.raises(ProtocolViolation):
+        executor.copy(1, 2, 4, 3)
+    with pytest.raises(Exhausted, match="2 sessions"):
+        executor.copy(1, 3, 0, 4)
+
+
+@pytest.mark.parametrize(("shape", "weights"), [("llama", "fp32"), ("llama", "int4"), ("qwen3", "fp32")])
+def test_branches_take_rows_that_the_chain_writes_in_the_same_step(cuts, shape, weights):
+    cut = cuts(shape, weights)
+    chain, branch = IDS[:40], [*IDS[:30], 9, 8, 7]
+    onward = [*branch, 6, 5, 4]
+    along, beside = (cut.reference().forward(ids)[0] for ids in (chain, onward))
+    for shares in ([1], [1, 0, 1]):
+        together = cut.executors(shares, sessions=1)
+        together.sequence(IDS[:27], [27], 1)
+        entries = [(1, 27, 13), (100, 30, 3), (101, 40, 1)]
+        rows = [*IDS[27:40], 9, 8, 7, 3]
+        found = together.step(entries, rows, {100: Take(1, 0), 101: Take(1, 0)})
+        assert np.array_equal(found[:13], along[27:])
+        assert np.array_equal(found[13:16], beside[30:33])
+        # The branch held: the chain goes on with its rows, and the slot with what both have, in one step.
+        last = cut.reference().forward([*onward[:35], 1, 2])[0]
+        found = together.step([(1, 33, 3), (100, 35, 2)], [6, 5, 4, 1, 2], {1: Take(100, 30), 100: Take(1, 33)})
+        assert np.array_equal(found[:3], beside[33:36])
+        assert np.array_equal(found[3:], last[35:])
+        for one in together.executors:
+            assert one.sessions == 1
+            one.close(100)
+            one.close(101)
+        assert np.array_equal(together.step([(1, 35, 1)], [4]), beside[35:36])
+
+
+def test_a_slot_that_grows_gives_up_no_row_that_the_chain_has_yet_to_take(cuts):
+    cut = cuts("llama")
+    ids = [int(i) for i in np.random.default_rng(1).integers(0, 283, 600)]
+    expected, _ = cut.reference().forward(ids)
+    together = cut.executors([1], sessions=1, chunk=600)
+    together.step([(1, 0, 500)], ids[:500])
+    together.step([(1, 500, 1), (100, 501, 5)], ids[500:506], {100: Take(1, 0)})
+    takes = {1: Take(100, 501), 100: Take(1, 500)}
+    found = together.step([(1, 506, 10), (100, 516, 84)], ids[506:], takes)
+    assert np.array_equal(found, expected[506:])
+
+
+def test_rows_that_no_session_holds_are_not_taken(cuts):
+    executor = cuts("llama").executors([1], sessions=1).executors[0]
+    executor.begin([(1, 0, 5)])
+    refused = [
+        ([(2, 6, 1)], {2: Take(1, 0)}),  # more than there is
+        ([(2, 3, 1)], {2: Take(1, 1)}),  # rows before those are missing
+        ([(2, 3, 1)], {2: Take(9, 0)}),
+        ([(1, 3, 1)], {1: Take(1, 0)}),
+        ([(1, 3, 1)], {1: Take(9, 0)}),
+        ([(2, 5, 1), (1, 5, 9)], {2: Take(1, 6)}),
+    ]
+    for entries, takes in refused:
+        with pytest.raises(ProtocolViolation, match="takes"):
+            executor.begin(entries, takes=takes)
+    for slot in range(TREE_BRANCHES):
+        executor.begin([(100 + slot, 5, 1)], takes={100 + slot: Take(1, 0)})
+    with pytest.raises(Exhausted, match="branches"):
+        executor.begin([(200, 5, 1)], takes={200: Take(1, 0)})
+    assert executor.sessions == 1
 
 
 def test_a_graph_that_is_not_the_contracts_is_corrupt(cuts, tmp_path):

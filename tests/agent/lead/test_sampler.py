@@ -176,6 +176,29 @@ def test_kept_set_is_transformers(sampling):
         assert set(merged.ids[:count].tolist()) == kept == set(dumb_kept(logits, sampling))
 
 
+@pytest.mark.parametrize("sampling", FILTERS)
+def test_ranks_begin_with_the_draw_and_are_the_dumb_ones_for_any_split(sampling):
+    rng = np.random.default_rng(5)
+    for position in range(20):
+        logits = rng.normal(0, 2, 270).astype(np.float32).round(1)  # with ties
+        kept, scores = np.arange(270, dtype=np.uint32), logits.astype(np.float64)
+        if sampling.temperature:
+            kept = np.array(sorted(dumb_kept(logits, sampling)), np.uint32)
+            scores = scores[kept] / sampling.temperature + noise.noise(sampling.seed, position, kept)
+        best = np.argsort(-scores, kind="stable")[:4]
+        for cuts in ((), (2, 5)):
+            shares = split(270, cuts)
+            for most in (1, 4):
+                question = ask(sampling, position, 270)
+                rows = [logits[one.first : one.first + one.count] for one in shares]
+                answers = [candidates.answer(row, one, question) for row, one in zip(rows, shares, strict=True)]
+                found = sampler.rank_tokens(answers, sampling, position, most)
+                assert [token for token, _ in found] == kept[best[:most]].tolist()
+                assert [score for _, score in found] == pytest.approx(scores[best[:most]].tolist())
+                drawn, _ = draw(logits, shares, sampling, position)
+                assert found[0][0] == drawn.token
+
+
 def test_more_is_asked_when_the_mass_is_short():
     logits = np.linspace(0.0, 1.0, 4000, dtype=np.float32)
     sampling = Sampling(1.0, top_p=0.95, seed=1)

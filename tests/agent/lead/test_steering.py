@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,6 +61,14 @@ class Masks:
         self._masks.pop(0)
         return not self._masks
 
+    def ahead(self, tokens: Sequence[int]) -> list[np.ndarray]:
+        found = []
+        for before, token, after in zip(self._masks, tokens, self._masks[1:], strict=False):
+            if not before[token]:
+                break
+            found.append(after)
+        return found
+
 
 class Fleet:
     """A lead and its shares: questions and answers pass as bytes, and every share holds what it was told."""
@@ -72,9 +81,19 @@ class Fleet:
         self.told = 0
 
     def draw(self, logits: np.ndarray, sampling: Sampling, position: int) -> sampler.Drawn:
+        return self.answer(self.steering.ask(self.shares)[0], logits, sampling, position)
+
+    def draw_window(
+        self, rows: Sequence[np.ndarray], sampling: Sampling, position: int, window: Sequence[int]
+    ) -> list[sampler.Drawn]:
+        """What each row draws when the tokens of the window came before it."""
+        asked = self.steering.ask(self.shares, window)
+        return [self.answer(one, rows[at], sampling, position + at) for at, one in enumerate(asked)]
+
+    def answer(self, asked_of_row: Any, logits: np.ndarray, sampling: Sampling, position: int) -> sampler.Drawn:
         kind = (sampling.temperature, sampling.seed, position, sampling.top_logprobs, sampling.mass)
         asked, heard = {}, {}
-        for rank, (adjusting, newer) in self.steering.ask(self.shares).items():
+        for rank, (adjusting, newer) in asked_of_row.items():
             asked[rank] = Draw(min(4, sampling.candidates), *kind, adjusting)  # few, so that more are asked for
             message = lane_pb2.Draw()
             write_draw(asked[rank], newer, self.shares[rank], message)
@@ -192,6 +211,56 @@ def test_every_split_draws_what_the_reference_draws(
     assert all(other == found[0] for other in found)  # log-probabilities too, bit for bit
 
 
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    filters=st.sampled_from(FILTERS),
+    repetition=st.sampled_from([1.0, 1.3]),
+    presence=st.sampled_from([0.0, 0.7]),
+    bias=st.dictionaries(st.integers(0, VOCAB - 1), st.sampled_from([-100.0, 2.5]), max_size=4),
+    masked=st.booleans(),
+    good=st.lists(st.booleans(), min_size=12, max_size=12),
+)
+def test_a_window_draws_what_its_tokens_draw_one_by_one(seed, filters, repetition, presence, bias, masked, good):
+    """Some drafted tokens are right, some are not: what follows a wrong one is asked in vain, and leaves nothing."""
+    rng, steps, prompt = np.random.default_rng(seed), 12, [3, 5, 5]
+    sampling = replace(
+        filters,
+        seed=seed,
+        repetition_penalty=repetition,
+        presence_penalty=presence,
+        frequency_penalty=presence / 2,
+        logit_bias=tuple(bias.items()),
+    )
+    rows = (rng.standard_normal(VOCAB) + rng.standard_normal((steps, VOCAB)) * 0.2).astype(np.float32)
+    masks = rng.random((steps + 1, VOCAB)) < 0.3 if masked else None
+    if masks is not None:
+        masks[:, 7] = True
+    expected = []
+    alone = Fleet((), Steering(sampling, prompt, Masks(masks) if masked else None))
+    for step, logits in enumerate(rows):
+        expected.append(alone.draw(logits, sampling, len(prompt) + step))
+        alone.steering.drawn(expected[-1].token)
+    for cuts in SPLITS:
+        fleet, at, found = Fleet(cuts, Steering(sampling, prompt, Masks(masks) if masked else None)), 0, []
+        while at < steps:
+            window = [
+                expected[one].token if good[one] else int(rng.integers(VOCAB))
+                for one in range(at, min(at + int(rng.integers(0, 5)), steps - 1))
+            ]
+            window = list(fleet.steering.cut(window))
+            drawn = fleet.draw_window(rows[at:], sampling, len(prompt) + at, window)
+            assert len(drawn) == len(window) + 1
+            accepted = 0
+            while accepted < len(window) and drawn[accepted].token == window[accepted]:
+                accepted += 1
+            for one in drawn[: accepted + 1]:
+                fleet.steering.drawn(one.token)
+            found += drawn[: accepted + 1]
+            at += accepted + 1
+        assert found == expected
+
+
 @pytest.mark.parametrize("sampling", [one for one in FILTERS if one.temperature])
 def test_the_kept_set_is_that_of_transformers(sampling):
     warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
@@ -219,7 +288,7 @@ def test_the_kept_set_is_that_of_transformers(sampling):
             shares = {rank: VocabShare(a, b - a, GROUP_ROWS) for rank, (a, b) in enumerate(pairwise(edges))}
             answers = [
                 candidates.answer(logits[one.first : one.first + one.count], one, Draw(VOCAB, *kind, asked))
-                for one, (asked, _) in zip(shares.values(), steering.ask(shares).values(), strict=True)
+                for one, (asked, _) in zip(shares.values(), steering.ask(shares)[0].values(), strict=True)
             ]
             merged = sampler._Merged.of(answers)
             count = sampler._filter(merged, answers, sampling) if sampling.filtered else density
@@ -280,7 +349,7 @@ def test_a_share_is_told_what_changed_and_nothing_else():
         told.append(fleet.told)
     assert told == [4, 1, 1]
     assert fleet.held[0].ids.tolist() == [1, 2, 3, 7, 9]
-    assert Steering(Sampling(0.0, presence_penalty=1.0), [5] * 40, None).ask(fleet.shares)[0][0] is None
+    assert Steering(Sampling(0.0, presence_penalty=1.0), [5] * 40, None).ask(fleet.shares)[0][0][0] is None
 
 
 def test_an_overflow_is_a_numeric_error():

@@ -7,13 +7,15 @@
 
 Numbers do not depend on what else is in a step: attention runs for each session, everything else once for all rows.
 Where the class mixes formats, a step's role says through which layers its rows run; their key-value state is one.
+An entry may take rows from another session layer by layer, before it attends: also those that an entry before it
+writes in the same step. So branches run beside the chain that they go on from, each over a state of its own, a *slot*.
 Graphs of exact classes give attention an even number of rows; for an odd number they write one position beyond the
 session's rows, which its next row overwrites, so the buffers have room for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,24 +23,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ganglion.agent.executor.buffers import Delta, Place, Rows, as_value
-from ganglion.agent.executor.kv import KeyValueLedger, SessionState
+from ganglion.agent.executor.kv import KeyValueLedger, SessionState, Take
 from ganglion.agent.executor.loader import LoadedSegment, Shard
 from ganglion.agent.executor.prefix_blocks import Begin, Keep, PrefixBlocks
 from ganglion.agent.roles import Role
 from ganglion.wire.errors import Corrupt, Exhausted, InvalidDocument, ProtocolViolation
+from ganglion.wire.limits import TREE_BRANCHES
 from ganglion.wire.nouns import EXACT_POSITIONS, PREFIX_BLOCK_TOKENS, Manifest, Plan, RopeTable
 from ganglion.wire.shares import OpenPiece
 
 
 @dataclass(frozen=True, slots=True)
 class SessionRows:
-    """Rows start..start+count-1 of a session: `state` its keys and values, `first` its first row of the step."""
+    """Rows start..start+count-1 of a session: `state` its keys and values, `first` its first row of the step.
+
+    source: whose rows `taken_first`..start-1 it takes in each layer before it attends.
+    """
 
     session: int
     state: SessionState
     start: int
     count: int
     first: int
+    source: SessionState | None = None
+    taken_first: int = 0
 
 
 @dataclass(slots=True)
@@ -62,24 +70,31 @@ class Executor:
         if manifest.numeric_class.prompt:
             self._by_role = {"prompt": shard.prompt, "generated": shard.segments}
         self._exact = manifest.numeric_class.exact
+        self._class_name = manifest.numeric_class.name
         self._plan = plan
         self._group_rows = geometry.vocab_group_rows
         self._attention = [index for index, one in enumerate(shard.segments) if one.attends]
         groups = [shard.segments[index].groups for index in self._attention]
         budget = KeyValueLedger.bytes_per_token(groups, geometry.head_dim) * plan.kv_tokens
         self._ledger = KeyValueLedger(groups, geometry.head_dim, budget)
+        self._slots: set[int] = set()  # open sessions that began with rows of another
         self._prefixes = PrefixBlocks(plan.prefix_tokens // PREFIX_BLOCK_TOKENS)
         capacity = max(plan.chunk, plan.sessions)
         every = (*shard.segments, *shard.prompt)
         self._buffers = Rows(capacity, geometry.hidden, every, exact=self._exact)
         later = plan.chunk // 2 + 2 if plan.overlap else 0
         self._later = Rows(later, geometry.hidden, every, exact=self._exact)  # of a batch, its second half
-        self._head_rows = Rows(plan.sessions, geometry.hidden, exact=self._exact)
+        self._head_rows = Rows(capacity, geometry.hidden, exact=self._exact)
         self._parts = manifest.handover == "parts"
         self._ropes = {name: rope_tables(tables, plan.context, open_piece) for name, tables in manifest.ropes.items()}
         self._rope_values = {name: tuple(as_value(one) for one in pair) for name, pair in self._ropes.items()}
         # session -> segment -> its row in the step, and attention's binding for that one row
         self._bound: dict[int, dict[Place, tuple[int, Any]]] = {}
+
+    @property
+    def class_name(self) -> str:
+        """The numeric class of what it computes."""
+        return self._class_name
 
     @property
     def segments(self) -> int:
@@ -98,12 +113,13 @@ class Executor:
 
     @property
     def sessions(self) -> int:
-        """Sessions that hold state now."""
-        return len(self._ledger)
+        """Sessions that hold state now, slots of their branches aside."""
+        return len(self._ledger) - len(self._slots)
 
     def close(self, session: int) -> None:
         """Drop a session's state."""
         self._ledger.close(session)
+        self._slots.discard(session)
         self._bound.pop(session, None)
 
     def prepare(self, keeps: Sequence[Keep], closed: Sequence[int], begins: Sequence[Begin]) -> None:
@@ -123,6 +139,25 @@ class Executor:
             self._ledger.reserve(state, prompt)
             self._prefixes.copy_to(state, begin.blocks)
 
+    def copy(self, source: int, target: int, start: int, stop: int) -> None:
+        """Give `target`, opened if need be, the positions start..stop of `source`; it then holds `stop` tokens.
+
+        Raises ProtocolViolation for positions that either does not hold up to, Exhausted without room.
+        """
+        given, taker = self._ledger.get(source), self._ledger.get(target)
+        held = taker.held if taker is not None else 0
+        if given is None or source == target or not 0 <= start <= min(held, stop) or stop > given.held:
+            raise ProtocolViolation(
+                f"positions {start}..{stop} of session {source}, which holds {given.held if given else 0} tokens, to"
+                f" session {target}, which holds {held}"
+            )
+        if taker is None:
+            taker = self._open(target)
+        taker.held = start
+        if self._ledger.reserve(taker, stop):
+            self._bound.pop(target, None)
+        self._ledger.copy(given, taker, start, stop)
+
     def _held(self, session: int) -> SessionState:
         state = self._ledger.get(session)
         if state is None:
@@ -130,13 +165,24 @@ class Executor:
         return state
 
     def _open(self, session: int) -> SessionState:
-        if len(self._ledger) >= self._plan.sessions:
-            raise Exhausted(f"{len(self._ledger)} sessions are open, the plan allows {self._plan.sessions}")
+        if self.sessions >= self._plan.sessions:
+            raise Exhausted(f"{self.sessions} sessions are open, the plan allows {self._plan.sessions}")
         return self._ledger.open(session)
 
-    def begin(self, entries: Sequence[tuple[int, int, int]], role: Role = "any") -> Batch:
+    def _open_slot(self, session: int) -> SessionState:
+        most = TREE_BRANCHES * self._plan.sessions
+        if len(self._slots) >= most:
+            raise Exhausted(f"{len(self._slots)} branches are open, {most} may be of {self._plan.sessions} sessions")
+        state = self._ledger.open(session)
+        self._slots.add(session)
+        return state
+
+    def begin(
+        self, entries: Sequence[tuple[int, int, int]], role: Role = "any", takes: Mapping[int, Take] | None = None
+    ) -> Batch:
         """A batch for entries (session, start, count), with delta zero and sessions of start 0 opened.
 
+        takes: by session, what it takes of another one before its rows; it is opened as a slot if it is not open.
         Raises ProtocolViolation for entries or a role that no scheduler of this plan announces, Exhausted without room.
         """
         if role not in self._by_role:
@@ -146,23 +192,38 @@ class Executor:
             raise ProtocolViolation(f"a step of {rows} rows in {len(entries)} entries; at most {self._plan.chunk} rows")
         placed, first = [], 0
         for session, start, count in entries:
-            placed.append(SessionRows(session, self._place(session, start, count), start, count, first))
+            take = takes.get(session) if takes else None
+            source = self._source(session, start, take) if take is not None else None
+            state = self._place(session, start, count, source)
+            placed.append(SessionRows(session, state, start, count, first, source, take.first if take else 0))
             first += count
         self._buffers.delta[0][:rows] = 0.0
         return Batch(tuple(placed), rows, role, self._buffers)
 
-    def _place(self, session: int, start: int, count: int) -> SessionState:
+    def _source(self, session: int, start: int, take: Take) -> SessionState:
+        """Whom a session takes rows from; entries are placed in the order in which they attend."""
+        source, taker = self._ledger.get(take.source), self._ledger.get(session)
+        held = taker.held if taker is not None else 0
+        if source is None or source is taker or not 0 <= take.first <= min(held, start) or start > source.held:
+            raise ProtocolViolation(
+                f"session {session}, which holds {held} tokens, takes {take.first}..{start} of session {take.source},"
+                f" which holds {source.held if source else 0}"
+            )
+        return source
+
+    def _place(self, session: int, start: int, count: int, source: SessionState | None = None) -> SessionState:
         state = self._ledger.get(session)
         if state is None:
-            if start != 0:
+            if start != 0 and source is None:
                 raise ProtocolViolation(f"session {session} begins at token {start}")
-            state = self._open(session)
+            state = self._open(session) if source is None else self._open_slot(session)
         end = start + count + (count % 2 if self._exact else 0)
-        if count < 1 or start > state.held or end > self._plan.context:
+        if count < 1 or (start > state.held and source is None) or end > self._plan.context:
             raise ProtocolViolation(
                 f"session {session}: rows {start}..{start + count} on {state.held} held tokens, context"
                 f" {self._plan.context}"
             )
+        # With what it held, all of it: an entry before this one may take rows that this one gives up.
         if self._ledger.reserve(state, end):
             self._bound.pop(session, None)
         state.held = start + count
@@ -185,7 +246,8 @@ class Executor:
                 sooner.append(replace(one, count=count))
             if count < one.count:
                 first = one.first + count - middle
-                later.append(replace(one, start=one.start + count, count=one.count - count, first=first))
+                rest = replace(one, start=one.start + count, count=one.count - count, first=first)
+                later.append(replace(rest, source=None) if count else rest)
         rows = batch.rows - middle
         for mine, whole in ((self._later.res[0], batch.buffers.res), (self._later.delta[0], batch.buffers.delta)):
             mine[:rows] = whole[batch.parity][middle : batch.rows]
@@ -241,6 +303,8 @@ class Executor:
 
     def _attend(self, place: Place, one: LoadedSegment, entry: SessionRows, buffers: Rows) -> None:
         state, session = entry.state, one.sessions[1]
+        if entry.source is not None:
+            state.take(entry.source, self._attention.index(place[1]), entry.taken_first, entry.start)
         state.total[0] = entry.start + entry.count
         state.seqlens[0] = entry.start + entry.count - 1
         if entry.count > 1 or buffers is self._later:

@@ -34,12 +34,12 @@ def check_graph(data: bytes | memoryview, weights_bytes: int) -> bool:
     Returns whether there are any.
     """
     graphs, external = 0, False
-    for number, value in _fields(memoryview(data)):
+    for number, value in fields(memoryview(data)):
         if number in (_MODEL_TRAINING, _MODEL_FUNCTIONS):
             raise Corrupt("graph file: holds functions or training information; plain graphs only")
         if number == _MODEL_GRAPH:
             graphs += 1
-            external = _check_graph(_message(value), weights_bytes)
+            external = _check_graph(message(value), weights_bytes)
     if graphs != 1:
         raise Corrupt(f"graph file: holds {graphs} graphs, expected 1")
     return external
@@ -66,34 +66,34 @@ def check_file(path: Path, size_bytes: int) -> None:
 
 def _check_graph(graph: memoryview, weights_bytes: int) -> bool:
     found = False
-    for number, value in _fields(graph):
+    for number, value in fields(graph):
         if number == _GRAPH_SPARSE:
             raise Corrupt("graph file: holds a sparse initializer")
         if number == _GRAPH_INITIALIZER:
-            found |= _check_tensor(_message(value), weights_bytes)
+            found |= _check_tensor(message(value), weights_bytes)
         elif number == _GRAPH_NODE:
-            for field, attribute in _fields(_message(value)):
+            for field, attribute in fields(message(value)):
                 if field == _NODE_ATTRIBUTE:
-                    found |= _check_attribute(_message(attribute), weights_bytes)
+                    found |= _check_attribute(message(attribute), weights_bytes)
     return found
 
 
 def _check_attribute(attribute: memoryview, weights_bytes: int) -> bool:
     found = False
-    for number, value in _fields(attribute):
+    for number, value in fields(attribute):
         if number in _ATTRIBUTE_REFUSED:
             raise Corrupt(f"graph file: a node's attribute holds {_ATTRIBUTE_REFUSED[number]}")
         if number in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
-            found |= _check_tensor(_message(value), weights_bytes)
+            found |= _check_tensor(message(value), weights_bytes)
     return found
 
 
 def _check_tensor(tensor: memoryview, weights_bytes: int) -> bool:
     entries: dict[str, str] = {}
     external = False
-    for number, value in _fields(tensor):
+    for number, value in fields(tensor):
         if number == _TENSOR_EXTERNAL:
-            entry = {field: bytes(_message(part)) for field, part in _fields(_message(value))}
+            entry = {field: bytes(message(part)) for field, part in fields(message(value))}
             key = _text(entry.get(_ENTRY_KEY, b""))
             if key in entries:
                 raise Corrupt(f"graph file: external data names {key!r} twice")
@@ -116,20 +116,21 @@ def _check_tensor(tensor: memoryview, weights_bytes: int) -> bool:
     return True
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+def fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """The fields of a protobuf message in their order: number, and a number or bytes; raises Corrupt."""
     position, size = 0, len(data)
     while position < size:
-        tag, position = _varint(data, position)
+        tag, position = varint(data, position)
         number, wire = tag >> 3, tag & 7
         # Parsers that keep 32 bits of a tag would read another field than we do.
         if tag >= _TAG_LIMIT or number == 0:
             raise Corrupt(f"graph file: field number {number} at byte {position}")
         if wire == _VARINT:
-            value, position = _varint(data, position)
+            value, position = varint(data, position)
             yield number, value
             continue
         if wire == _BYTES:
-            length, position = _varint(data, position)
+            length, position = varint(data, position)
         elif wire in (_FIXED32, _FIXED64):
             length = 4 if wire == _FIXED32 else 8
         else:
@@ -140,7 +141,8 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         position += length
 
 
-def _varint(data: memoryview, position: int) -> tuple[int, int]:
+def varint(data: memoryview, position: int) -> tuple[int, int]:
+    """The number at `position`, and the position after it; raises Corrupt."""
     value = 0
     for shift in range(0, 70, 7):
         if position >= len(data):
@@ -153,7 +155,8 @@ def _varint(data: memoryview, position: int) -> tuple[int, int]:
     raise Corrupt("graph file: a number of more than 10 bytes")
 
 
-def _message(value: int | memoryview) -> memoryview:
+def message(value: int | memoryview) -> memoryview:
+    """A field that must be bytes; raises Corrupt for a number."""
     if isinstance(value, int):
         raise Corrupt("graph file: a number where a message was expected")
     return value

@@ -11,6 +11,14 @@ from ganglion.wire.errors import Exhausted
 from ganglion.wire.nouns import KV_GRAIN_TOKENS, kv_capacity_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Take:
+    """Before its rows a session takes the rows from position `first` on to where they start from session `source`."""
+
+    source: int
+    first: int
+
+
 @dataclass(slots=True)
 class SessionState:
     """What a device keeps of one session.
@@ -25,6 +33,11 @@ class SessionState:
     held: int = 0
     seqlens: NDArray[np.int32] = field(default_factory=lambda: np.zeros(1, np.int32))
     total: NDArray[np.int32] = field(default_factory=lambda: np.zeros(1, np.int32))
+
+    def take(self, source: SessionState, layer: int, start: int, stop: int) -> None:
+        """Copy the positions start..stop of one attention segment, for which there is room."""
+        for given, taken in ((source.keys, self.keys), (source.values, self.values)):
+            taken[layer][:, :, start:stop] = given[layer][:, :, start:stop]
 
 
 class KeyValueLedger:
@@ -76,6 +89,14 @@ class KeyValueLedger:
                 buffers[index] = new
         state.capacity = capacity
         return True
+
+    @staticmethod
+    def copy(source: SessionState, target: SessionState, start: int, stop: int) -> None:
+        """Copy the positions start..stop, which `source` holds and `target` has room for; it then holds `stop`."""
+        for given, taken in ((source.keys, target.keys), (source.values, target.values)):
+            for old, new in zip(given, taken, strict=True):
+                new[:, :, start:stop] = old[:, :, start:stop]
+        target.held = stop
 
     def close(self, session: int) -> None:
         """Drop a session's state; what is not held is no error, as a cancelled session may never have run."""

@@ -98,14 +98,22 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class Part:
+    """A segment of this device's share, named by its place: its groups, and bytes of weights."""
+
     name: str
     segment: Segment
     share: Range
     size: int
 
+    @property
+    def runs(self) -> bool:
+        """Whether there is a graph to run."""
+        return _runs(self.name, self.segment, self.share)
 
-def _parts(manifest: Manifest, stage: Stage, share: Share) -> Iterator[_Part]:
+
+def parts_of(manifest: Manifest, stage: Stage, share: Share) -> Iterator[Part]:
+    """Segments of the stage, then those of prompt tokens where formats mix, then the head; raises InvalidDocument."""
     if stage.layers.stop > len(manifest.layers):
         raise InvalidDocument(f"plan: layers ..{stage.layers.stop}, the manifest has {len(manifest.layers)}")
     for prefix, layers in (("", manifest.layers), ("prompt-", manifest.prompt_layers)):
@@ -116,10 +124,10 @@ def _parts(manifest: Manifest, stage: Stage, share: Share) -> Iterator[_Part]:
     yield _part("head", manifest.head, share.vocab)
 
 
-def _part(name: str, segment: Segment, groups: Range) -> _Part:
+def _part(name: str, segment: Segment, groups: Range) -> Part:
     if groups.stop > segment.groups:
         raise InvalidDocument(f"plan: groups ..{groups.stop} of segment {name}, the manifest has {segment.groups}")
-    return _Part(name, segment, groups, weights_size(segment, groups) if _runs(name, segment, groups) else 0)
+    return Part(name, segment, groups, weights_size(segment, groups) if _runs(name, segment, groups) else 0)
 
 
 def _runs(name: str, segment: Segment, groups: Range) -> bool:
@@ -143,7 +151,7 @@ def load_shard(
     is left: what is loaded stays mapped. Raises Corrupt (a graph or piece that is not what the manifest says), NotFound
     (a piece is missing), InvalidDocument (a plan that does not go with the manifest).
     """
-    parts = list(_parts(manifest, stage, share))
+    parts = list(parts_of(manifest, stage, share))
     total, done = sum(part.size for part in parts), 0
     loaded = []
     loader = _Loader(manifest, open_piece, folder, prepacked)
@@ -181,9 +189,9 @@ class _Loader:
         self._sharing = threading.Lock()
         self._shared: dict[tuple[str, int], Any] = {}
 
-    def load(self, part: _Part) -> tuple[Any, ...]:
+    def load(self, part: Part) -> tuple[Any, ...]:
         """The sessions of a part's graphs."""
-        if not _runs(part.name, part.segment, part.share):
+        if not part.runs:
             return ()
         name = f"{part.segment.kind}/{part.share.count}"
         pieces, ends = self._manifest.graphs.get(name), _ends(part)
@@ -203,7 +211,7 @@ class _Loader:
             shutil.rmtree(folder, ignore_errors=True)
         return tuple(sessions)
 
-    def _open(self, name: str, number: int, piece: PieceRef, part: _Part) -> Any:
+    def _open(self, name: str, number: int, piece: PieceRef, part: Part) -> Any:
         graph = self._open_piece(piece.digest)
         weighs = check_graph(graph, part.size)
 
@@ -230,7 +238,7 @@ class _Loader:
         except Exception as error:
             raise Corrupt(f"graph {name} of {self._manifest.name} does not load: {error}") from error
 
-    def _write_weights(self, part: _Part) -> None:
+    def _write_weights(self, part: Part) -> None:
         """Write the weights of a part's graphs, once for all of them."""
         path = self._folder / part.name / WEIGHTS_FILE
         if not path.exists():
@@ -242,7 +250,7 @@ class _Loader:
 _Ends = tuple[set[str], set[str]]
 
 
-def _ends(part: _Part) -> tuple[_Ends, ...]:
+def _ends(part: Part) -> tuple[_Ends, ...]:
     """The inputs and outputs of a segment's graphs, as `Manifest` has them."""
     segment = part.segment
     if part.name == "head":
@@ -273,7 +281,7 @@ def _check_ends(name: str, session: Any, ends: _Ends, numeric_class: NumericClas
             raise Corrupt(f"graph {name}: {end} is {types[end]}, {numeric_class.name} takes {wide}")
 
 
-def _widths(part: _Part, sessions: Sequence[Any]) -> tuple[int, int]:
+def _widths(part: Part, sessions: Sequence[Any]) -> tuple[int, int]:
     """Numbers a row between the graphs of a segment that attends; raises Corrupt where two do not meet."""
     found = []
     for before, after, end in zip(sessions, sessions[1:], ("projected", "attended"), strict=False):

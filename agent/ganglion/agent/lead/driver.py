@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
-from google.protobuf.message import DecodeError
-
 from ganglion.agent.executor.embedding import EmbeddingTable
-from ganglion.agent.executor.executor import Batch
+from ganglion.agent.executor.kv import Take
+from ganglion.agent.executor.port import StepBatch
 from ganglion.agent.executor.prefix_blocks import Begin, Keep
-from ganglion.agent.lead.adjusting import NO_ADJUSTMENTS, Adjustments, VocabShare
-from ganglion.agent.lead.candidates import Answer, from_message
-from ganglion.agent.lead.draw import Draw, write_draw
+from ganglion.agent.lead.adjusting import VocabShare
+from ganglion.agent.lead.drawing import Drawer, EntryDraws, Walk
 from ganglion.agent.lead.grammar import Grammars
 from ganglion.agent.lead.pace import Pace
 from ganglion.agent.lead.prefix import PrefixCache, root_of
-from ganglion.agent.lead.sampler import Drawn, draw_token
+from ganglion.agent.lead.sampler import Drawn
 from ganglion.agent.lead.scheduler import Entry, Scheduler, Step
 from ganglion.agent.lead.session import Session, parse_open
+from ganglion.agent.lead.speculating import Speculating
 from ganglion.agent.roles import to_number
+from ganglion.agent.speculation.drafters import Drafter
 from ganglion.agent.worker_beat import Beat, LongestRun
 from ganglion.agent.worker_stage import StageRunner
 from ganglion.proto import lane_pb2
-from ganglion.wire.errors import GanglionError, Internal, ProtocolViolation
-from ganglion.wire.frames import Expectation, Kind
+from ganglion.wire.errors import GanglionError
+from ganglion.wire.frames import Kind
 from ganglion.wire.lane import Lane
+from ganglion.wire.limits import WINDOW_TOKENS
 from ganglion.wire.nouns import Manifest, Plan
+from ganglion.wire.session_serving import Said
 
 TELLING_TURNS: Final = 4  # of the event loop between two steps, while a token waits to be sent
 
@@ -48,38 +51,6 @@ class _Marks:
     received_bytes: int
 
 
-class _Drawing:
-    """An entry that draws, with what its shares are asked, by rank, and the adjustments that they are told now."""
-
-    __slots__ = ("asked", "draws", "entry", "newer", "session")
-
-    def __init__(self, session: Session, entry: Entry, vocab: Mapping[int, VocabShare]) -> None:
-        sampling = session.request.sampling
-        self.session = session
-        self.entry = entry
-        self.asked = Draw(
-            sampling.candidates,
-            sampling.temperature,
-            sampling.seed,
-            entry.start + entry.count,
-            sampling.top_logprobs,
-            sampling.mass,
-        )
-        self.draws = dict.fromkeys(vocab, self.asked)
-        self.newer: dict[int, Adjustments] = {}
-        if session.steering is not None:
-            for rank, (adjusting, newer) in session.steering.ask(vocab).items():
-                self.draws[rank] = replace(self.asked, adjusting=adjusting)
-                self.newer[rank] = newer
-
-    def write(self, rank: int | None, vocab: Mapping[int, VocabShare], into: lane_pb2.Draw) -> None:
-        """What a device is asked; None: any, when nothing is adjusted."""
-        if rank is None or rank not in vocab:
-            write_draw(self.asked, NO_ADJUSTMENTS, None, into)
-        else:
-            write_draw(self.draws[rank], self.newer.get(rank, NO_ADJUSTMENTS), vocab[rank], into)
-
-
 class Lead:
     """Runs the sessions of one deployment. `lanes` by rank: one to every other device of the plan."""
 
@@ -95,6 +66,7 @@ class Lead:
         vocab: Mapping[int, VocabShare],
         beat: Beat,
         grammars: Grammars,
+        drafter: Drafter | None = None,
     ) -> None:
         """`names` by rank, for messages; `vocab`: the shares of the output matrix by rank, in order of token ids."""
         self._manifest = manifest
@@ -102,7 +74,6 @@ class Lead:
         self._runner = runner
         self._embedding = embedding
         self._lanes = lanes
-        self._names = names
         self._vocab = vocab
         self._beat = beat
         self._grammars = grammars
@@ -116,14 +87,24 @@ class Lead:
         self._sessions: dict[int, Session] = {}
         self._admitted: set[int] = set()
         self._numbers = 0
-        self._sample_s = 0.0
+        self._drawer = Drawer(runner, lanes, names, vocab)
+        self._speculating = Speculating(
+            drafter, window_tokens=min(WINDOW_TOKENS, plan.chunk - 1), clock=time.perf_counter
+        )
         self._work = asyncio.Event()
         self._over: GanglionError | None = None
 
+    @property
+    def violations(self) -> Mapping[str, int]:
+        """Drafting sessions that were cut off, by reason."""
+        return self._speculating.violations
+
     # Sessions.
 
-    async def serve(self, message: lane_pb2.Open, gateway: str) -> AsyncGenerator[lane_pb2.SessionEvent, None]:
-        """Events of one session of the gateway of this node id; closing the generator cancels it on every device.
+    async def serve(
+        self, message: lane_pb2.Open, gateway: str, said: Said
+    ) -> AsyncGenerator[lane_pb2.SessionEvent, None]:
+        """Events of one session of the node of this id; closing the generator cancels it on every device.
 
         Raises InvalidRequest, ContextExceeded, Exhausted (the queue is full), what `Grammars.compile` raises, and what
         ended the session.
@@ -139,18 +120,26 @@ class Lead:
         self._numbers += 1
         session = Session(self._numbers, request, constraint)
         root = root_of(gateway.encode(), request.tenant.encode())
-        self._scheduler.open(session.number, len(request.prompt), client=root.hex())
+        self._scheduler.open(session.number, request.asked_tokens, client=root.hex(), answered=request.answered)
         self._sessions[session.number] = session
-        self._prefixes.open(session.number, root, len(request.prompt))
+        self._prefixes.open(session.number, root, request.asked_tokens)
+        terms = self._speculating.open(session)
+        if terms is not None:
+            said.on_drafts = functools.partial(self._take_drafts, session.number)
         self._work.set()
         try:
-            accepted = lane_pb2.Accepted(numeric_class=self._manifest.numeric_class.name)
+            accepted = lane_pb2.Accepted(numeric_class=self._runner.executor.class_name, terms=terms)
             yield lane_pb2.SessionEvent(accepted=accepted)
             async with contextlib.aclosing(session.events()) as events:
                 async for event in events:
                     yield event
         finally:
             self._close(session)
+
+    def _take_drafts(self, number: int, drafts: lane_pb2.Drafts) -> None:
+        if number in self._sessions:
+            self._speculating.drafts(number, drafts)
+            self._work.set()
 
     def _begin(self, number: int) -> int:
         """A session is admitted: what it begins with of its tokens (some were drawn, if it was put back)."""
@@ -161,8 +150,9 @@ class Lead:
         return found
 
     def _ran(self, session: Session) -> None:
-        """Keep what was run of a session for later ones."""
-        self._prefixes.ran(session.number, session.ids, self._scheduler.held(session.number))
+        """Keep what was run of a session for later ones: not the rows of drafts that are still to be drawn."""
+        held = min(self._scheduler.held(session.number), len(session.ids))
+        self._prefixes.ran(session.number, session.ids, held)
 
     def _close(self, session: Session) -> None:
         """Free a session wherever it is; its key-value state goes with the next step."""
@@ -172,6 +162,7 @@ class Lead:
             self._ran(session)
             self._prefixes.close(session.number)
             self._scheduler.close(session.number)
+            self._speculating.close(session.number)
             self._work.set()
 
     def end(self, error: GanglionError) -> None:
@@ -185,6 +176,7 @@ class Lead:
     async def run(self) -> None:
         """Run steps until a lane ends; raises what lanes raise."""
         while True:
+            self._choose_windows()
             step = self._scheduler.next_step(self._pace.prompt_rows(self._plan.chunk))
             if step is None:
                 self._work.clear()
@@ -192,6 +184,17 @@ class Lead:
                 continue
             await self._run_step(step)
             await self._let_tell()
+
+    def _choose_windows(self) -> None:
+        if self._speculating.active:
+            before = time.perf_counter()
+            ready = [self._sessions[number] for number in self._scheduler.decoding()]
+            for number, (window, branches) in self._speculating.choose(ready).items():
+                beside = [(branch.at, len(branch.tokens)) for branch in branches]
+                self._scheduler.window(number, None if window is None else len(window), beside)
+            took_s = time.perf_counter() - before
+            for number in self._admitted:
+                self._sessions[number].spent.draft_s += took_s
 
     async def _let_tell(self) -> None:
         """Let sessions come, go and be told, which a device alone never waits for.
@@ -208,11 +211,9 @@ class Lead:
         marks = self._marks()
         runner, executor = self._runner, self._runner.executor
         # A client may leave while a lane is waited for; its rows are run all the same, and its tokens dropped.
-        running = {entry.session: self._sessions[entry.session] for entry in step.entries}
+        running = {one.session: self._sessions[one.session] for one in step.entries if one.branch is None}
         self._admit(running, marks.wall)
-        before = time.perf_counter()
-        drawing = [_Drawing(running[entry.session], entry, self._vocab) for entry in step.entries if entry.draws]
-        self._sample_s += time.perf_counter() - before
+        drawing = self._drawer.asked(step.entries, running, self._speculating.drafted)
         keeps, begins = self._prefixes.take()
         await self._announce(step, keeps, begins, drawing)
         before = time.perf_counter()
@@ -221,22 +222,39 @@ class Lead:
         if not step.entries:
             self._beat.end(executor.sessions, executor.kv_bytes)
             return
-        batch = executor.begin([(entry.session, entry.start, entry.count) for entry in step.entries], step.role)
+        takes = {one.session: Take(one.take_from, one.take_first) for one in step.entries if one.take_from is not None}
+        batch = executor.begin([(one.session, one.start, one.count) for one in step.entries], step.role, takes)
         self._beat.begin(self._longest.announce(step.rows), executor.sessions, executor.kv_bytes)
-        ids = [running[one.session].ids[one.start : one.start + one.count] for one in step.entries]
-        self._embedding.rows([token for some in ids for token in some], executor.residual(batch))
-        await runner.forward(step.number, batch)
-        drawn = await self._draw_all(step.number, batch, drawing) if drawing else []
+        asked = {one.entry.session: one for one in drawing}
+        ids = [token for one in step.entries for token in _ids(one, running, asked.get(one.session))]
+        self._embedding.rows(ids, executor.residual(batch))
+        await self._forward(step.number, batch, self._drawer.places(batch, drawing))
+        walks = await self._drawer.draw(step.number, drawing) if drawing else []
         self._account(running, marks)
-        for one, token in zip(drawing, drawn, strict=True):
-            self._take(one.session, token)
         took_s = time.perf_counter() - marks.wall
+        for one, walk in zip((one for one in drawing if one.entry.branch is None), walks, strict=True):
+            self._take(one, walk, took_s)
         self._longest.finished(step.rows, took_s)
-        self._pace.measured(step.decoding, step.rows - step.decoding, took_s)
+        self._pace.measured(step.decoding, step.prompt_rows, took_s)
+        if not step.prompt_rows:
+            self._speculating.measured(step.rows, len(step.entries) - len(running), took_s)
         self._beat.end(executor.sessions, executor.kv_bytes)
 
+    async def _forward(self, step: int, batch: StepBatch, rows: Sequence[int]) -> None:
+        """Run a step and the head on `rows`.
+
+        Drafts that arrive while it computes can be the next window only if they are heard meanwhile. Among several
+        devices the loop has its turns whenever a lane is waited for; alone, the step is run beside it.
+        """
+        runner = self._runner
+        if runner.alone and self._speculating.listens:
+            await asyncio.to_thread(runner.run_alone, batch, rows)
+        else:
+            await runner.forward(step, batch)
+            runner.head(batch, rows)
+
     async def _announce(
-        self, step: Step, keeps: Sequence[Keep], begins: Sequence[Begin], drawing: Sequence[_Drawing]
+        self, step: Step, keeps: Sequence[Keep], begins: Sequence[Begin], drawing: Sequence[EntryDraws]
     ) -> None:
         if not self._lanes:
             return
@@ -252,99 +270,45 @@ class Lead:
                 for one in begins
             ],
         )
-        same = None if any(one.newer for one in drawing) else _announcement(told, step, drawing, None, self._vocab)
+        same = None if any(one.adjusts for one in drawing) else _announcement(told, step, drawing, None, self._vocab)
         for rank, lane in self._lanes.items():
             payload = same or _announcement(told, step, drawing, rank, self._vocab)
             await lane.send_message(Kind.STEP, step.number, payload)
         self._runner.meter.exchange_s += time.perf_counter() - before
 
-    # Draws.
+    # Tokens.
 
-    async def _draw_all(self, step: int, batch: Batch, drawing: Sequence[_Drawing]) -> list[Drawn | GanglionError]:
-        firsts = {placed.session: placed.first + placed.count - 1 for placed in batch.entries}
-        asked = {rank: [one.draws[rank] for one in drawing] for rank in self._vocab}
-        computed = self._runner.meter.compute_s
-        before = time.perf_counter()
-        own = self._runner.answers(batch, [firsts[one.entry.session] for one in drawing], asked.get(0, ()))
-        self._sample_s += time.perf_counter() - before - (self._runner.meter.compute_s - computed)
-        by_rank = {
-            rank: own if rank == 0 else await self._replies(rank, step, 0, draws) for rank, draws in asked.items()
-        }
-        return [
-            await self._draw_one(step, index, one, {rank: answers[index] for rank, answers in by_rank.items()})
-            for index, one in enumerate(drawing)
-        ]
-
-    async def _replies(self, rank: int, step: int, exchange: int, draws: Sequence[Draw]) -> list[Answer]:
-        before = time.perf_counter()
-        payload = await self._lanes[rank].receive(Expectation(Kind.CANDIDATES, step, exchange))
-        self._runner.meter.exchange_s += time.perf_counter() - before
-        try:
-            entries = lane_pb2.CandidatesReply.FromString(payload).entries
-        except DecodeError:
-            raise ProtocolViolation(f"{self._names[rank]} sent candidates that do not parse") from None
-        if len(entries) != len(draws):
-            raise ProtocolViolation(f"{self._names[rank]} answered {len(entries)} of {len(draws)} draws")
-        share = self._vocab[rank]
-        return [from_message(message, share, draw) for message, draw in zip(entries, draws, strict=True)]
-
-    async def _draw_one(
-        self, step: int, index: int, one: _Drawing, answers: dict[int, Answer]
-    ) -> Drawn | GanglionError:
-        """Draw a token, asking for more candidates as long as they do not decide."""
-        sampling, draws, rounds = one.session.request.sampling, one.draws, 0
-        while True:
-            poor = next((rank for rank, reply in answers.items() if reply.numeric_error), None)
-            if poor is not None:
-                return Internal(
-                    f"numeric_error: the logits of device {self._names[poor]} at token {one.asked.position} are not"
-                    " finite; the weights or the numeric class overflow"
-                )
-            before = time.perf_counter()
-            found = draw_token(list(answers.values()), sampling, one.asked.position)
-            self._sample_s += time.perf_counter() - before
-            if isinstance(found, Drawn):
-                return found
-            rounds += 1
-            draws = {rank: replace(draw, candidates=found.candidates) for rank, draw in draws.items()}
-            answers = await self._ask_again(step, rounds, index, draws)
-
-    async def _ask_again(self, step: int, rounds: int, index: int, draws: Mapping[int, Draw]) -> dict[int, Answer]:
-        candidates = next(iter(draws.values())).candidates
-        more = lane_pb2.MoreCandidates(entry=index, candidates=candidates).SerializeToString()
-        for rank in self._vocab:
-            if rank != 0:
-                await self._lanes[rank].send_message(Kind.MORE, step, more, rounds)
-        found = {}
-        for rank in self._vocab:
-            if rank == 0:
-                found[rank] = self._runner.again(index, draws[rank])
-            else:
-                found[rank] = (await self._replies(rank, step, rounds, [draws[rank]]))[0]
-        return found
-
-    def _take(self, session: Session, drawn: Drawn | GanglionError) -> None:
+    def _take(self, one: EntryDraws, walk: Walk, took_s: float) -> None:
+        """Give a session what its rows drew."""
+        session, drawn, branch = one.session, walk.drawn, walk.branch
         if session.ended:
             return
-        if isinstance(drawn, GanglionError):
-            self._prefixes.distrust(session.number)
-            session.fail(drawn)
+        before, known = time.perf_counter(), len(session.ids)
+        failed: GanglionError | None = None
+        reason: lane_pb2.FinishReason | None = None
+        taken = 0
+        while failed is None and reason is None and taken < len(drawn):
+            token = drawn[taken]
+            taken += 1
+            try:
+                reason = session.add(token) if isinstance(token, Drawn) else None
+            except GanglionError as error:
+                failed = error
+            if isinstance(token, GanglionError):
+                self._prefixes.distrust(session.number)
+                failed = token
+        session.spent.sample_s += time.perf_counter() - before  # of a grammar's next masks
+        number = branch.branch if branch is not None else None
+        self._speculating.passed(session, one.window, session.ids[known:], took_s, branch=number)
+        self._scheduler.drawn(session.number, taken, branch.session if branch is not None else None)
+        if failed is not None:
+            session.fail(failed)
             self._close(session)
-            return
-        before = time.perf_counter()
-        try:
-            reason = session.add(drawn)
-            session.spent.sample_s += time.perf_counter() - before  # of a grammar's next mask
-        except GanglionError as error:
-            session.fail(error)
-            self._close(session)
-            return
-        if reason is None:
-            self._ran(session)
-            self._scheduler.drawn(session.number)
-        else:
+        elif reason is not None:
             session.finish(reason)
             self._close(session)
+        else:
+            self._ran(session)
 
     # Times.
 
@@ -354,7 +318,7 @@ class Lead:
         sealing_s = sum(lane.sealing_s for lane in lanes)
         sent, received = sum(lane.sent_bytes for lane in lanes), sum(lane.received_bytes for lane in lanes)
         wall = time.perf_counter()
-        return _Marks(wall, meter.compute_s, meter.exchange_s, sealing_s, self._sample_s, sent, received)
+        return _Marks(wall, meter.compute_s, meter.exchange_s, sealing_s, self._drawer.sample_s, sent, received)
 
     def _admit(self, running: Mapping[int, Session], now: float) -> None:
         for number, session in running.items():
@@ -379,15 +343,26 @@ class Lead:
                 spent.queue_s += now.wall - before.wall
 
 
+def _ids(entry: Entry, running: Mapping[int, Session], draws: EntryDraws | None) -> Sequence[int]:
+    """The tokens that an entry's rows run."""
+    if draws is None:
+        return running[entry.session].ids[entry.start :][: entry.count]
+    if draws.first_token is not None:
+        return draws.first_token, *draws.window
+    return (*draws.session.ids[entry.start :], *draws.window)[: entry.count]
+
+
 def _announcement(
-    told: lane_pb2.Step, step: Step, drawing: Sequence[_Drawing], rank: int | None, vocab: Mapping[int, VocabShare]
+    told: lane_pb2.Step, step: Step, drawing: Sequence[EntryDraws], rank: int | None, vocab: Mapping[int, VocabShare]
 ) -> bytes:
     """`told` with the entries, as the device of `rank` hears it; None: every device, when no draw adjusts anything."""
     asked = {one.entry.session: one for one in drawing}
     del told.entries[:]
     for entry in step.entries:
         announced = told.entries.add(session=entry.session, start=entry.start, count=entry.count)
+        if entry.take_from is not None:
+            announced.take_from, announced.take_first = entry.take_from, entry.take_first
         draws = asked.get(entry.session)
         if draws is not None:
-            draws.write(rank, vocab, announced.draw)
+            draws.write(rank, vocab, announced)
     return told.SerializeToString()

@@ -16,16 +16,15 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ganglion.agent.store.needs import TOKENIZER_FILE
 from ganglion.wire.deep_thread import STACK_BYTES, in_deep_thread
-from ganglion.wire.errors import Corrupt, Exhausted, Internal, InvalidRequest, Unsupported
+from ganglion.wire.errors import Corrupt, Exhausted, GanglionError, Internal, InvalidRequest, Unsupported
 from ganglion.wire.limits import (
     GRAMMAR_BYTES,
     GRAMMAR_COMPILE_S,
@@ -33,7 +32,7 @@ from ganglion.wire.limits import (
     GRAMMAR_RULES,
     SESSIONS_QUEUED,
 )
-from ganglion.wire.nouns import Manifest
+from ganglion.wire.nouns import TOKENIZER_FILE, Manifest
 from ganglion.wire.shares import OpenPiece
 
 if TYPE_CHECKING:
@@ -54,6 +53,7 @@ class Constraint:
         self._matcher = matcher
         self._vocab = vocab
         self._tokens = 0
+        self._looked: tuple[tuple[int, ...], list[NDArray[np.bool_]]] | None = None  # what `ahead` found here
         self.allowed: NDArray[np.bool_] = self._next()
 
     def take(self, token: int) -> bool:
@@ -63,6 +63,7 @@ class Constraint:
         """
         began = time.perf_counter()
         self._tokens += 1
+        self._looked = None
         if not self._matcher.consume_token(token):
             self._raise()
         if self._matcher.is_stopped():
@@ -76,6 +77,26 @@ class Constraint:
                 param="grammar",
             )
         return False
+
+    def ahead(self, tokens: Sequence[int]) -> list[NDArray[np.bool_]]:
+        """What may be drawn after each of `tokens`, as far as they may be drawn and something can follow them."""
+        if self._looked and self._looked[0] == tuple(tokens):
+            return self._looked[1]
+        found: list[NDArray[np.bool_]] = []
+        here, allowed = self._matcher, self.allowed
+        self._matcher = here.deep_copy()
+        try:
+            for token in tokens:
+                if not allowed[token] or not self._matcher.consume_token(token) or self._matcher.is_stopped():
+                    break
+                allowed = self._next()
+                found.append(allowed)
+        except GanglionError:
+            pass  # if it comes to that, the token is drawn and the error said then
+        finally:
+            self._matcher = here
+        self._looked = tuple(tokens[: len(found)]), found
+        return found
 
     def _next(self) -> NDArray[np.bool_]:
         packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from ganglion.agent.lead.adjusting import Adjustments
@@ -16,18 +17,29 @@ class Penalties:
         self._frequency = sampling.frequency_penalty
         self._bias = dict(sampling.logit_bias)
         self._repeats = sampling.repetition_penalty != 1.0
-        self._repeated = set(prompt) if self._repeats else set[int]()
+        self._repeated = Counter(prompt) if self._repeats else Counter[int]()
         self._counts: dict[int, int] = {}
-        self._changed = set(self._bias) | self._repeated
+        self._changed = set(self._bias) | set(self._repeated)
 
     def drawn(self, token: int) -> None:
         """A token of the answer."""
         if self._presence or self._frequency:
             self._counts[token] = self._counts.get(token, 0) + 1
             self._changed.add(token)
-        if self._repeats and token not in self._repeated:
-            self._repeated.add(token)
+        if self._repeats:
+            self._repeated[token] += 1
+            if self._repeated[token] == 1:
+                self._changed.add(token)
+
+    def undo(self, token: int) -> None:
+        """A token was not drawn after all."""
+        if self._presence or self._frequency:
+            self._counts[token] -= 1
             self._changed.add(token)
+        if self._repeats:
+            self._repeated[token] -= 1
+            if not self._repeated[token]:
+                self._changed.add(token)
 
     def take(self) -> Adjustments:
         """The adjustments that are new or another since the last call."""
@@ -37,4 +49,4 @@ class Penalties:
     def _adjustment(self, token: int) -> tuple[int, float, bool, float]:
         count = self._counts.get(token, 0)
         subtract = self._presence + self._frequency * count if count else 0.0
-        return token, self._bias.get(token, 0.0), token in self._repeated, subtract
+        return token, self._bias.get(token, 0.0), self._repeated[token] > 0, subtract

@@ -67,6 +67,32 @@ def draw_token(answers: Sequence[Answer], sampling: Sampling, position: int) -> 
     return Drawn(token, logit - total, tuple(TokenLogprob(one, value - total) for one, value in likeliest))
 
 
+def rank_tokens(
+    answers: Sequence[Answer], sampling: Sampling, position: int, most: int
+) -> list[tuple[int, float]] | More:
+    """At most `most` tokens and their perturbed scores, best first; the first is the one that `draw_token` draws.
+
+    The others are the best of the answers' candidates that pass the filters; ties go to the lower id.
+    """
+    best = max(answers, key=lambda one: (one.best_score, -one.best_id))
+    first = (best.best_id, best.best_score)
+    if most == 1 and not sampling.filtered:
+        return [first]
+    merged = _Merged.of(answers)
+    kept = _filter(merged, answers, sampling) if sampling.filtered else merged.ids.size
+    if isinstance(kept, More):
+        return kept
+    ids, scores = merged.ids[:kept], merged.logits[:kept].astype(np.float64)
+    if sampling.temperature > 0.0:
+        scores /= sampling.temperature
+        scores += noise(sampling.seed, position, ids)
+    order = np.lexsort((ids, -scores))[:most]
+    ranked = list(zip(ids[order].tolist(), scores[order].tolist(), strict=True))
+    if sampling.filtered:
+        return ranked
+    return [first, *(one for one in ranked if one[0] != first[0])][:most]
+
+
 @dataclass(frozen=True, slots=True)
 class _Merged:
     """Candidates of all shares by falling adjusted logit, ties by rising id, as far as none can be missing in between.

@@ -11,6 +11,7 @@ from ganglion.agent.lead.grammar import Constraint
 from ganglion.agent.lead.sampler import Drawn
 from ganglion.agent.lead.sampling import Sampling, parse_sampling
 from ganglion.agent.lead.steering import Steering
+from ganglion.agent.speculation.contract import check_contract
 from ganglion.proto import lane_pb2
 from ganglion.wire.errors import ContextExceeded, Exhausted, GanglionError, InvalidRequest
 from ganglion.wire.limits import EVENTS_QUEUED, TENANT_BYTES
@@ -21,7 +22,8 @@ from ganglion.wire.nouns import Manifest, Plan
 class Request:
     """A checked Open. `limit_tokens`: prompt and answer together never exceed it. `grammar`: "" for none.
 
-    `tenant`: whose prompts may share what is kept of them, as the gateway says.
+    `tenant`: whose prompts may share what is kept of them, as the gateway says. `answered`: tokens at the end of
+    `prompt` that were drawn before, of an answer that goes on. `contract`: the client drafts.
     """
 
     prompt: tuple[int, ...]
@@ -30,6 +32,13 @@ class Request:
     stop_ids: frozenset[int]
     grammar: str
     tenant: str
+    answered: int = 0
+    contract: lane_pb2.Contract | None = None
+
+    @property
+    def asked_tokens(self) -> int:
+        """Tokens of the prompt proper."""
+        return len(self.prompt) - self.answered
 
 
 def parse_open(message: lane_pb2.Open, manifest: Manifest, plan: Plan) -> Request:
@@ -51,11 +60,16 @@ def parse_open(message: lane_pb2.Open, manifest: Manifest, plan: Plan) -> Reques
     limit = min(len(prompt) + message.max_tokens, plan.context)
     if len(message.tenant.encode()) > TENANT_BYTES:
         raise InvalidRequest(f"tenant has {len(message.tenant.encode())} bytes, at most {TENANT_BYTES}", param="tenant")
+    if message.answered >= len(prompt):
+        raise InvalidRequest(f"answered is {message.answered} of {len(prompt)} tokens; the prompt is missing")
+    contract = message.contract if message.HasField("contract") else None
+    if contract is not None:
+        check_contract(contract, manifest, plan.manifest_digest)
     stop_ids = frozenset(message.stop_ids)
     if message.grammar:
         stop_ids |= frozenset(manifest.eos_ids)  # how a grammar ends
     sampling = parse_sampling(message.sampling, vocab)
-    return Request(prompt, limit, sampling, stop_ids, message.grammar, message.tenant)
+    return Request(prompt, limit, sampling, stop_ids, message.grammar, message.tenant, message.answered, contract)
 
 
 @dataclass(slots=True)
@@ -67,6 +81,7 @@ class Spent:
     exchange_s: float = 0.0
     seal_s: float = 0.0
     sample_s: float = 0.0
+    draft_s: float = 0.0
     sent_bytes: int = 0
     received_bytes: int = 0
 
@@ -78,14 +93,22 @@ class Session:
         self.number = number
         self.request = request
         steered = request.sampling.penalized or constraint is not None
-        self.steering = Steering(request.sampling, request.prompt, constraint) if steered else None
+        self.steering = (
+            Steering(request.sampling, request.prompt[: request.asked_tokens], constraint) if steered else None
+        )
+        for token in request.prompt[request.asked_tokens :]:
+            if self.steering is not None and self.steering.drawn(token):
+                raise InvalidRequest("answered: the grammar lets nothing follow", param="grammar")
         self.ids = list(request.prompt)
         self.spent = Spent()
+        self.speculated = lane_pb2.Speculation()
         self.ended = False
         self.cached_tokens = 0  # of the prompt: those that were not run again
         self._opened = time.perf_counter()
         self._first: float | None = None
-        self._queue: asyncio.Queue[lane_pb2.Token | lane_pb2.Finished | GanglionError] = asyncio.Queue()
+        self._queue: asyncio.Queue[lane_pb2.Token | lane_pb2.Outcome | lane_pb2.Finished | GanglionError] = (
+            asyncio.Queue()
+        )
 
     def waited(self, now: float) -> None:
         """The session was admitted: what passed until now was the queue."""
@@ -109,10 +132,23 @@ class Session:
             return lane_pb2.FINISH_REASON_STOP
         return lane_pb2.FINISH_REASON_LENGTH if len(self.ids) >= self.request.limit_tokens else None
 
+    def passed(self, drafted: int, accepted: int, *, hit: bool, outcome: lane_pb2.Outcome | None) -> None:
+        """The tokens added last came of one pass over so many drafted ones; `outcome`: for a client that drafts."""
+        speculated = self.speculated
+        speculated.passes += 1
+        speculated.drafted += drafted
+        speculated.accepted += accepted
+        speculated.hits += hit
+        counts = speculated.accepted_counts
+        counts.extend([0] * (accepted + 1 - len(counts)))
+        counts[accepted] += 1
+        if outcome is not None:
+            self._queue.put_nowait(outcome)
+
     def finish(self, reason: lane_pb2.FinishReason) -> None:
         """The session is over; the last event."""
         self.ended = True
-        prompt = len(self.request.prompt)
+        prompt = self.request.asked_tokens
         self._queue.put_nowait(
             lane_pb2.Finished(
                 reason=reason,
@@ -120,6 +156,7 @@ class Session:
                 completion_tokens=len(self.ids) - prompt,
                 cached_tokens=self.cached_tokens,
                 timings=self._timings(),
+                speculation=self.speculated if self.speculated.passes else None,
             )
         )
 
@@ -135,7 +172,7 @@ class Session:
 
     def _timings(self) -> lane_pb2.Timings:
         wall, spent = time.perf_counter() - self._opened, self.spent
-        parts = (spent.queue_s, spent.compute_s, spent.exchange_s, spent.seal_s, spent.sample_s)
+        parts = (spent.queue_s, spent.compute_s, spent.exchange_s, spent.seal_s, spent.sample_s, spent.draft_s)
         return lane_pb2.Timings(
             wall_s=wall,
             queue_s=spent.queue_s,
@@ -143,6 +180,7 @@ class Session:
             exchange_s=spent.exchange_s,
             seal_s=spent.seal_s,
             sample_s=spent.sample_s,
+            draft_s=spent.draft_s,
             other_s=max(0.0, wall - sum(parts)),
             ttft_s=(self._first or time.perf_counter()) - self._opened,
             sent_bytes=spent.sent_bytes,
@@ -150,18 +188,24 @@ class Session:
         )
 
     async def events(self) -> AsyncGenerator[lane_pb2.SessionEvent, None]:
-        """Tokens as they are drawn, those that wait in one event, then Finished; raises what `fail` was given."""
+        """Tokens as they are drawn, those that wait in one event, then Finished; raises what `fail` was given.
+
+        To a client that drafts, those of each pass in one event with its outcome.
+        """
+        tokens: list[lane_pb2.Token] = []
         while True:
-            waiting = [await self._queue.get()]
-            while not self._queue.empty():
-                waiting.append(self._queue.get_nowait())
-            tokens = [one for one in waiting if isinstance(one, lane_pb2.Token)]
-            if tokens:
-                drawn = lane_pb2.Tokens(tokens=tokens, cached_tokens=self.cached_tokens)
+            item = await self._queue.get()
+            if isinstance(item, lane_pb2.Token):
+                tokens.append(item)
+                if self.request.contract is not None or not self._queue.empty():
+                    continue
+            if tokens or isinstance(item, lane_pb2.Outcome):
+                outcome = item if isinstance(item, lane_pb2.Outcome) else None
+                drawn = lane_pb2.Tokens(tokens=tokens, cached_tokens=self.cached_tokens, outcome=outcome)
+                tokens = []
                 yield lane_pb2.SessionEvent(tokens=drawn)
-            last = waiting[-1]
-            if isinstance(last, lane_pb2.Finished):
-                yield lane_pb2.SessionEvent(finished=last)
+            if isinstance(item, lane_pb2.Finished):
+                yield lane_pb2.SessionEvent(finished=item)
                 return
-            if isinstance(last, GanglionError):
-                raise last
+            if isinstance(item, GanglionError):
+                raise item

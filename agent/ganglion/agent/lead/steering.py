@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ganglion.agent.lead.adjusting import NO_ADJUSTMENTS, Adjusting, Adjustments, VocabShare
 from ganglion.agent.lead.grammar import Constraint
 from ganglion.agent.lead.penalties import Penalties
@@ -19,10 +22,35 @@ class Steering:
         self._constraint = constraint
         self._held: dict[int, Adjustments] = {}
 
-    def ask(self, shares: Mapping[int, VocabShare]) -> dict[int, tuple[Adjusting | None, Adjustments]]:
-        """By rank, for the next draw: what the share does to its logits, and which adjustments it has to be told."""
+    def cut(self, window: Sequence[int]) -> Sequence[int]:
+        """The drafted tokens as far as a grammar lets them be drawn and something follow."""
+        return window if self._constraint is None else window[: len(self._constraint.ahead(window))]
+
+    def ask(
+        self, shares: Mapping[int, VocabShare], window: Sequence[int] = ()
+    ) -> list[dict[int, tuple[Adjusting | None, Adjustments]]]:
+        """For the next draw, and for the one after each token of a window that was cut: by rank, what the share does.
+
+        That is what it does to its logits, and which adjustments it has to be told.
+        """
+        if self._constraint is None:
+            masks: Sequence[NDArray[np.bool_] | None] = [None] * (len(window) + 1)
+        else:
+            masks = [self._constraint.allowed, *self._constraint.ahead(window)]
+        asked = [self._ask(shares, masks[0])]
+        for token, mask in zip(window, masks[1:], strict=True):
+            if self._penalties is not None:
+                self._penalties.drawn(token)
+            asked.append(self._ask(shares, mask))
+        if self._penalties is not None:
+            for token in reversed(window):
+                self._penalties.undo(token)
+        return asked
+
+    def _ask(
+        self, shares: Mapping[int, VocabShare], allowed: NDArray[np.bool_] | None
+    ) -> dict[int, tuple[Adjusting | None, Adjustments]]:
         changed = self._penalties.take() if self._penalties is not None else NO_ADJUSTMENTS
-        allowed = self._constraint.allowed if self._constraint is not None else None
         asked = {}
         for rank, share in shares.items():
             newer = changed.within(share)

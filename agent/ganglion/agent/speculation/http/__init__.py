@@ -1,0 +1,1 @@
+"""Servers that speak OpenAI's HTTP API, as verifiers of drafted tokens."""
