@@ -39,6 +39,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag="load"):
     beat_path: str
     lanes: LaneMode = "auto"
     store_budget_bytes: int = 0
+    drafter: bytes = b""  # manifest of the model that guesses at the lead, where that is another one
+    executor: str = "ort"  # as `parse_executor` reads it
 
 
 class Connect(msgspec.Struct, frozen=True, kw_only=True, tag="connect"):
@@ -54,7 +56,26 @@ class Gateways(msgspec.Struct, frozen=True, kw_only=True, tag="gateways"):
     gateways: tuple[PeerEntry, ...]
 
 
-Command = Load | Connect | Gateways
+class Verifier(msgspec.Struct, frozen=True, kw_only=True, tag="verifier"):
+    """Of a drafting deployment: who verifies from now on, as `Verifier` of fleet.proto says it.
+
+    `lead` None and no `url`: nobody, for the reason `why_away`; what is known of the model stays.
+    """
+
+    target: str
+    lead: PeerEntry | None = None
+    lead_deployment: str = ""
+    lead_epoch: int = 0
+    manifest_digest: str = ""
+    numeric_class: str = ""
+    context: int = 0
+    vocab: int = 0
+    eos_ids: tuple[int, ...] = ()
+    url: str = ""
+    why_away: str = ""
+
+
+Command = Load | Connect | Gateways | Verifier
 
 
 class Loading(msgspec.Struct, frozen=True, kw_only=True, tag="loading"):

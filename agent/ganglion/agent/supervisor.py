@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
 from ganglion.agent import control
+from ganglion.agent.executor.choice import kernels_of, parse_executor
 from ganglion.agent.probe import probe_device
 from ganglion.agent.store import ManifestShelf, PieceStore
 from ganglion.agent.store.bandwidth import Throttle
-from ganglion.agent.store.fetch import PieceFetcher
 from ganglion.agent.store.service import ALLOWED, STREAMS, PieceService
 from ganglion.agent.supervisor_control import ControlStream, Outbox
 from ganglion.agent.supervisor_core import (
@@ -44,18 +46,35 @@ from ganglion.agent.supervisor_core import (
     StartFetch,
     StreamUp,
     Tell,
+    VerifierTold,
     WorkerExited,
     WorkerSaid,
 )
+from ganglion.agent.supervisor_fetch import fetch_assignment
 from ganglion.agent.supervisor_held import HeldModels
 from ganglion.agent.supervisor_links import measure_links
-from ganglion.agent.supervisor_messages import advert_message, heartbeat_message, held_message, status_message
-from ganglion.agent.supervisor_orders import Assignment, key_of, read_assign, read_connect, read_holders
+from ganglion.agent.supervisor_messages import (
+    Offer,
+    advert_message,
+    heartbeat_message,
+    held_message,
+    offer_message,
+    status_message,
+)
+from ganglion.agent.supervisor_orders import (
+    Assignment,
+    key_of,
+    read_assign,
+    read_connect,
+    read_holders,
+    read_verifier,
+)
 from ganglion.agent.supervisor_worker import WORKER_MODULE, WorkerProcess
 from ganglion.proto import fleet_pb2, identity_pb2
 from ganglion.wire import rpc
 from ganglion.wire.address import join_address
 from ganglion.wire.errors import GanglionError, Internal
+from ganglion.wire.hello import DRAFTING
 from ganglion.wire.home import Home
 from ganglion.wire.identity import Identity
 from ganglion.wire.lane_upgrade import LaneMode
@@ -68,6 +87,8 @@ PROGRESS_S: Final = 0.25  # between two progress reports of one assignment
 FAREWELL_S: Final = 0.5  # for last words on the control stream
 
 Prober = Callable[..., Awaitable[DeviceProfile]]
+OnAnswer = Callable[[str, str], None]
+"""(model to draft for, "" for any; why not, "" when this device drafts for it)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +110,9 @@ async def run_agent(
     piece_port: int = 0,
     bandwidth_bytes_per_s: int = 0,
     lanes: LaneMode = "auto",
+    offer: Offer | None = None,
+    on_answer: OnAnswer | None = None,
+    executor: str = "ort",
     ready: Callable[[AgentReady], None] | None = None,
     probe: Prober = probe_device,
     worker_module: str = WORKER_MODULE,
@@ -97,15 +121,23 @@ async def run_agent(
 
     `bind`: for pieces, lanes and sessions. `threads`, `memory_budget_bytes`, `store_budget_bytes`, `piece_port`: 0
     leaves the choice to the agent. `bandwidth_bytes_per_s`: of pieces, each way; 0: no limit. `lanes`: which of
-    them may be sockets. Raises Conflict (home or port in use), NotFound (not enrolled), PermissionDenied and
-    Unauthenticated (shut out by the coordinator). A coordinator that is not there is waited for.
+    them may be sockets. `executor`: what workers compute with, as `parse_executor` reads it. `offer`: to draft here;
+    `on_answer` is told what came of it. Raises Conflict (home or port in use), NotFound (not enrolled),
+    PermissionDenied and Unauthenticated (shut out by the coordinator), Unsupported (no torch). A coordinator that is
+    not there is waited for.
     """
     identity = Identity.load(home.identity)
     with home.lock():
         clear_folder(home.run)
-        measured = functools.partial(
+        family = kernels_of(parse_executor(executor))
+        probed = functools.partial(
             probe, home.path, store=home.store, threads=threads, memory_budget_bytes=memory_budget_bytes
         )
+
+        async def measured(*, fresh: bool) -> DeviceProfile:
+            profile = await probed(fresh=fresh)
+            return msgspec.structs.replace(profile, kernel_family=family) if family else profile
+
         profile = await measured(fresh=False)
         store = PieceStore(home.store, store_budget_bytes)
         await asyncio.to_thread(store.sweep)
@@ -128,8 +160,11 @@ async def run_agent(
             profile=profile,
             bind=bind,
             lanes=lanes,
+            executor=executor,
             piece_port=server.port,
             throttle=Throttle(bandwidth_bytes_per_s),
+            offer=offer,
+            on_answer=on_answer,
             ready=ready,
             reprobe=lambda: measured(fresh=True),
             worker_module=worker_module,
@@ -163,15 +198,20 @@ class Supervisor:
         profile: DeviceProfile,
         bind: str,
         lanes: LaneMode,
+        executor: str,
         piece_port: int,
         throttle: Throttle,
+        offer: Offer | None,
+        on_answer: OnAnswer | None,
         ready: Callable[[AgentReady], None] | None,
         reprobe: Callable[[], Awaitable[DeviceProfile]],
         worker_module: str,
     ) -> None:
         self._home, self._identity, self._store, self._bind = home, identity, store, bind
         self._lanes: LaneMode = lanes
+        self._executor = executor
         self._throttle = throttle
+        self._offer, self._on_answer = offer, on_answer
         self._ready = ready
         self._worker_module = worker_module
         self._piece_address = join_address(bind, piece_port)  # a wildcard host means: where I am seen
@@ -236,6 +276,8 @@ class Supervisor:
         self._outbox.put(advert_message(self.profile, self._piece_address))
         if self._held.held is not None:
             self._outbox.put(held_message(self._held.held))
+        if DRAFTING in self._stream.features:
+            self._outbox.put(offer_message(self._offer))
         self._handle(StreamUp())
         if self._ready is not None:
             self._ready(AgentReady(self._identity, self.profile, self._piece_address))
@@ -261,6 +303,13 @@ class Supervisor:
                 log.info("released %s up to epoch %d: %s", release.deployment, release.epoch, release.reason[:200])
                 with _reported(self, release.deployment, release.epoch):
                     self._handle(ReleaseAsked(key_of(release.deployment, release.epoch)))
+            case "verifier":
+                self._verifier(message.verifier)
+            case "draft_answer":
+                answer = message.draft_answer
+                log.info("drafting for %s: %s", answer.target or "others", answer.refused[:500] or "accepted")
+                if self._on_answer is not None:
+                    self._on_answer(answer.target, answer.refused)
             case "measure_links":
                 if self._measuring is None or self._measuring.done():
                     self._measuring = self._start(self._measure(list(message.measure_links.peers)))
@@ -291,6 +340,17 @@ class Supervisor:
                 self._handle(GaveUp(key, error))
                 return
             self._handle(ConnectAsked(key, peers, gateways))
+
+    def _verifier(self, order: fleet_pb2.Verifier) -> None:
+        with _reported(self, order.deployment, order.epoch):
+            key = key_of(order.deployment, order.epoch)
+            try:
+                verifier = read_verifier(order, self._identity)
+            except GanglionError as error:
+                # Drafting goes on alone: nothing is sent to one whom the owner does not vouch for.
+                log.warning("the verifier of %s is refused: %s", order.target, error.message)
+                verifier = control.Verifier(target=order.target, why_away=error.message)
+            self._handle(VerifierTold(key, verifier))
 
     async def _measure(self, peers: list[identity_pb2.Peer]) -> None:
         try:
@@ -359,16 +419,15 @@ class Supervisor:
 
     async def _fetch(self, key: Key) -> None:
         assignment = self._assignments[key]
-        fetcher = PieceFetcher(self._store, self._identity, assignment.holders, throttle=self._throttle)
 
         def progress(done_bytes: int, total_bytes: int) -> None:
             if self._due(key):
                 self._handle(Fetching(key, done_bytes, total_bytes))
 
         try:
-            # On the shelf from now on: what comes is kept for this model, and others may be sent here for it.
-            await asyncio.to_thread(self._shelf.put, assignment.manifest)
-            await fetcher.fetch(assignment.pieces, progress)
+            await fetch_assignment(
+                assignment, self._store, self._shelf, self._identity, throttle=self._throttle, progress=progress
+            )
         except GanglionError as error:
             self._handle(GaveUp(key, error))
         except OSError as error:
@@ -378,7 +437,6 @@ class Supervisor:
             await self._held.look()
         finally:
             self._fetches.pop(key, None)
-            await fetcher.close()
 
     async def _spawn(self, key: Key) -> None:
         # The epoch before must be gone: two workers of one deployment would need its memory twice.
@@ -398,7 +456,9 @@ class Supervisor:
             bind=self._bind,
             beat_path=str(beat),
             lanes=self._lanes,
+            executor=self._executor,
             store_budget_bytes=self._store.budget_bytes,
+            drafter=assignment.drafter_json,
         )
         try:
             worker = await WorkerProcess.spawn(

@@ -102,6 +102,7 @@ class ControlStream:
         self._on_message = on_message
         self._on_down = on_down
         self.up = False
+        self.features: frozenset[str] = frozenset()  # of the coordinator, since it greeted
 
     async def run(self) -> None:
         """Keep the stream until cancelled; raises PermissionDenied or Unauthenticated when this device is shut out."""
@@ -134,6 +135,7 @@ class ControlStream:
                 return ProtocolViolation(f"{address} did not begin with hello"), False
             check_hello(first.hello)
             self._outbox.restart()
+            self.features = frozenset(first.hello.features)
             greeted = self.up = True
             self._on_up()
             await self._exchange(call)

@@ -67,6 +67,14 @@ class ConnectAsked:
 
 
 @dataclass(frozen=True, slots=True)
+class VerifierTold:
+    """Who verifies for what is drafted here, from now on."""
+
+    key: Key
+    verifier: control.Verifier
+
+
+@dataclass(frozen=True, slots=True)
 class ReleaseAsked:
     """This epoch and all before it are over."""
 
@@ -128,6 +136,7 @@ Event = (
     Assigned
     | Refused
     | ConnectAsked
+    | VerifierTold
     | ReleaseAsked
     | Fetching
     | Fetched
@@ -196,6 +205,7 @@ class _Assignment:
     done_bytes: int = 0
     total_bytes: int = 0
     port: int = 0
+    verifier: control.Verifier | None = None
 
     def report(self) -> Report:
         # CONNECTING is a matter of this side: for the coordinator the worker listens until it is connected.
@@ -221,7 +231,7 @@ class Assignments:
         """Those that have a worker."""
         return tuple(assignment.key for assignment in self._current.values() if assignment.phase in _STARTED)
 
-    def handle(self, event: Event) -> list[Command]:  # noqa: PLR0911 - one return for each kind of event
+    def handle(self, event: Event) -> list[Command]:  # noqa: PLR0911, PLR0912 - one for each kind of event
         """Take one event; the commands are to be carried out in order."""
         match event:
             case StreamUp():
@@ -245,6 +255,8 @@ class Assignments:
                 return self._progress(assignment, Phase.FETCHING, done_bytes, total_bytes)
             case Fetched():
                 return self._fetched(assignment)
+            case VerifierTold(_, verifier):
+                return self._verifier(assignment, verifier)
             case GaveUp(_, error):
                 return self._fail(assignment, error)
             case WorkerExited(_, code, last_line):
@@ -278,7 +290,8 @@ class Assignments:
         if current.phase is Phase.LISTENING:
             current.phase = Phase.CONNECTING
             current.gateways = event.gateways
-            return [Tell(current.key, control.Connect(peers=event.peers, gateways=event.gateways))]
+            told: list[Command] = [Tell(current.key, control.Connect(peers=event.peers, gateways=event.gateways))]
+            return [*told, Tell(current.key, current.verifier)] if current.verifier is not None else told
         if current.phase in {Phase.CONNECTING, Phase.CONNECTED}:
             return self._admit(current, event.gateways)
         return self._fail(current, Conflict(f"asked to connect while {current.phase.value}"))
@@ -289,6 +302,13 @@ class Assignments:
         current.gateways = gateways
         connected = current.phase in {Phase.CONNECTING, Phase.CONNECTED}
         return [Tell(current.key, control.Gateways(gateways=gateways))] if connected else []
+
+    def _verifier(self, current: _Assignment, verifier: control.Verifier) -> list[Command]:
+        if verifier == current.verifier:
+            return []
+        current.verifier = verifier
+        connected = current.phase in {Phase.CONNECTING, Phase.CONNECTED}
+        return [Tell(current.key, verifier)] if connected else []
 
     def _release(self, key: Key) -> list[Command]:
         self._learn(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -59,6 +60,21 @@ def heartbeat_message(sequence: int, workers: Iterable[tuple[Key, Path]]) -> fle
 def advert_message(profile: DeviceProfile, piece_address: str) -> fleet_pb2.AgentMessage:
     """What this device is, and where its pieces are."""
     return fleet_pb2.AgentMessage(advert=fleet_pb2.Advert(profile=to_json(profile), addresses=[piece_address]))
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """To draft on this device: Manifest (JSON) of a model that lies whole in its store, and how (Drafting, JSON)."""
+
+    manifest: bytes
+    drafting: bytes
+
+
+def offer_message(offer: Offer | None) -> fleet_pb2.AgentMessage:
+    """An offer to draft; None: this device does not."""
+    if offer is None:
+        return fleet_pb2.AgentMessage(draft_offer=fleet_pb2.DraftOffer())
+    return fleet_pb2.AgentMessage(draft_offer=fleet_pb2.DraftOffer(manifest=offer.manifest, drafting=offer.drafting))
 
 
 def held_message(held: Held) -> fleet_pb2.AgentMessage:

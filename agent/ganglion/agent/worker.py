@@ -7,6 +7,7 @@ gains. Loading runs beside it. The end of standard input ends the process at onc
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import logging
 import os
@@ -26,6 +27,7 @@ from ganglion.agent.control import (
     Connected,
     Event,
     Failed,
+    Gateways,
     Listening,
     Load,
     Loading,
@@ -34,20 +36,22 @@ from ganglion.agent.control import (
     decode_command,
     encode,
 )
+from ganglion.agent.executor.choice import load_torch, parse_executor
 from ganglion.agent.executor.embedding import EmbeddingTable
 from ganglion.agent.executor.executor import Executor
 from ganglion.agent.executor.loader import load_shard, start_runtime
+from ganglion.agent.executor.port import StepExecutor
 from ganglion.agent.executor.prepacked import Prepacked
 from ganglion.agent.lead.driver import Lead
 from ganglion.agent.lead.grammar import Grammars
 from ganglion.agent.store import PieceStore
 from ganglion.agent.worker_beat import Beat
+from ganglion.agent.worker_drafting import DraftingFor, Guessing, Room, load_guessing, refuse_target
 from ganglion.agent.worker_follow import Follower
-from ganglion.agent.worker_lanes import LaneBoard, verified
+from ganglion.agent.worker_lanes import LaneBoard, record_of
 from ganglion.agent.worker_stage import StageRunner, vocab_shares
 from ganglion.proto import lane_pb2
-from ganglion.wire import lane_opening, rpc
-from ganglion.wire import session as wire_session
+from ganglion.wire import lane_opening, rpc, session_serving
 from ganglion.wire.certificates import Role
 from ganglion.wire.errors import (
     DeviceLost,
@@ -67,6 +71,7 @@ from ganglion.wire.lane import stale_epoch
 from ganglion.wire.lane_upgrade import Sockets
 from ganglion.wire.limits import MANIFEST_BYTES, NAME_PATTERN, PLAN_BYTES
 from ganglion.wire.nouns import Manifest, Plan, Share, Stage, digest, from_json
+from ganglion.wire.session import METHOD as SESSION_METHOD
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +85,10 @@ class Worker:
         self._emit = emit
         self._loaded: _Loaded | None = None
         self._folder: Path | None = None
-        self._gateways: dict[str, VerifiedRecord] = {}
+        self._clients: dict[str, VerifiedRecord] = {}
         self._lead: Lead | None = None
         self._serving: asyncio.Task[None] | None = None
+        self._drafting: DraftingFor | None = None
 
     async def handle(self, command: Command) -> None:
         """Do what the supervisor says; raises what makes the worker useless."""
@@ -92,8 +98,10 @@ class Worker:
             raise ProtocolViolation("the first command must be load")
         elif isinstance(command, Connect):
             await self._connect(self._loaded, command)
-        else:
-            self._admit_gateways(self._loaded, command.gateways)
+        elif isinstance(command, Gateways):
+            self._admit(self._loaded, command.gateways)
+        elif self._drafting is not None:
+            self._drafting.told(command)
 
     async def _load(self, command: Load) -> None:
         if self._loaded is not None:
@@ -113,7 +121,7 @@ class Worker:
         lanes = lane_opening.LaneServicer(loaded.identity, board.accept, board.deliver, board.failed, loaded.sockets)
         lanes.add_to(bound.server)
         if loaded.rank == 0:
-            sessions = wire_session.SessionServicer(loaded.identity, self._accept_session, self._on_session)
+            sessions = session_serving.SessionServicer(loaded.identity, self._accept_session, self._on_session)
             sessions.add_to(bound.server)
         await bound.start()
         self._loaded = loaded
@@ -123,7 +131,7 @@ class Worker:
     async def _connect(self, loaded: _Loaded, command: Connect) -> None:
         if self._serving is not None:
             raise ProtocolViolation("this worker is connected already")
-        self._admit_gateways(loaded, command.gateways)
+        self._admit(loaded, command.gateways)
         await loaded.board.connect(command.peers)
         lanes = loaded.board.lanes
         runner = StageRunner(loaded.manifest, loaded.plan, loaded.rank, loaded.executor, lanes)
@@ -138,7 +146,13 @@ class Worker:
                 vocab=vocab_shares(loaded.manifest, loaded.plan),
                 beat=loaded.beat,
                 grammars=loaded.grammars,
+                drafter=loaded.drafter,
             )
+            if loaded.plan.drafting is not None:
+                local = functools.partial(_alone, self._lead)
+                self._drafting = DraftingFor(
+                    loaded.identity, loaded.manifest, loaded.plan.drafting, loaded.guessing, local
+                )
             loop = asyncio.create_task(self._lead.run())
         else:
             loop = asyncio.create_task(Follower(runner, lanes[0], loaded.beat).run())
@@ -147,17 +161,18 @@ class Worker:
 
     # Sessions.
 
-    def _admit_gateways(self, loaded: _Loaded, entries: tuple[PeerEntry, ...]) -> None:
-        """Only records that the owner vouches for; another one is left out, and said in the log."""
+    def _admit(self, loaded: _Loaded, entries: tuple[PeerEntry, ...]) -> None:
+        """Gateways and drafting agents, if the owner vouches for them; another is left out, and said in the log."""
         admitted = {}
         for entry in entries:
             try:
-                record = verified(entry, loaded.identity.owner_public_key, Role.GATEWAY)
+                record = record_of(entry, loaded.identity.owner_public_key)
+                session_serving.check_client(record, entry.name)
             except GanglionError as error:
-                log.warning("gateway %s is not admitted: %s", entry.name, error.message)
+                log.warning("%s may open no sessions: %s", entry.name, error.message)
                 continue
             admitted[record.node_id] = record
-        self._gateways = admitted
+        self._clients = admitted
 
     def _accept_session(self, node_id: str, deployment: str, epoch: int) -> VerifiedRecord:
         loaded = self._loaded
@@ -165,15 +180,20 @@ class Worker:
             raise Unavailable("the deployment is not connected yet; try again")
         if (deployment, epoch) != (loaded.deployment, loaded.epoch):
             raise stale_epoch(deployment, epoch, loaded.epoch)
-        record = self._gateways.get(node_id)
+        record = self._clients.get(node_id)
         if record is None:
-            raise PermissionDenied(f"{node_id} is not a gateway of this deployment")
+            raise PermissionDenied(f"{node_id} is neither a gateway nor a drafting agent of this deployment")
         return record
 
-    def _on_session(self, request: lane_pb2.Open, gateway: str) -> AsyncGenerator[lane_pb2.SessionEvent, None]:
+    def _on_session(
+        self, request: lane_pb2.Open, client: str, said: session_serving.Said
+    ) -> AsyncGenerator[lane_pb2.SessionEvent, None]:
         if self._lead is None:
             raise Unavailable("the deployment is not connected yet; try again")
-        return self._lead.serve(request, gateway)
+        if self._drafting is not None and request.target:
+            return self._drafting.serve(request, client)
+        refuse_target(request)
+        return self._lead.serve(request, client, said)
 
     # The epoch, until it is over.
 
@@ -229,6 +249,8 @@ class Worker:
         if self._serving is not None:
             self._serving.cancel()
             await asyncio.gather(self._serving, return_exceptions=True)
+        if self._drafting is not None:
+            await self._drafting.close()
         if self._loaded is not None:
             if self._lead is not None:
                 self._lead.end(Unavailable("the deployment was released"))
@@ -263,29 +285,48 @@ class _Loaded:
         store = PieceStore(home.store, command.store_budget_bytes)
         start_runtime(self.plan.threads.get(command.node_id, 1))
         self.prepacked = Prepacked(store)
-        shard = load_shard(
-            self.manifest,
-            stage,
-            share,
-            open_piece=store.open,
-            folder=folder,
-            progress=progress,
-            prepacked=self.prepacked,
-        )
-        self.executor = Executor(self.manifest, self.plan, shard, store.open)
+        choice = parse_executor(command.executor)
+        self.executor: StepExecutor
+        shard = None  # that a drafter may share
+        if choice.kind == "torch":
+            self.executor = load_torch(
+                self.manifest, self.plan, stage, share, choice, open_piece=store.open, progress=progress
+            )
+        else:
+            shard = load_shard(
+                self.manifest,
+                stage,
+                share,
+                open_piece=store.open,
+                folder=folder,
+                progress=progress,
+                prepacked=self.prepacked,
+            )
+            self.executor = Executor(self.manifest, self.plan, shard, store.open)
         self.embedding = EmbeddingTable(self.manifest, store.open) if self.rank == 0 else None
         self.grammars = Grammars(self.manifest, store.open)
+        self.guessing = Guessing()
+        if self.embedding is not None:
+            room = Room(store.open, folder, self.prepacked, progress)
+            self.guessing = load_guessing(
+                self.manifest, self.plan, shard, self.embedding, drafter_json=command.drafter, room=room
+            )
+        self.drafter = self.guessing.drafter
         self.beat = Beat(Path(command.beat_path))
         self.sockets = Sockets(command.lanes, command.bind)
         self.board = LaneBoard(self.identity, self.deployment, self.epoch, self.plan, self.rank, sockets=self.sockets)
 
     def open_port(self, bind: str) -> rpc.BoundServer:
         """A server for lanes and sessions on any free port; to be called on the event loop."""
-        allowed = {lane_opening.METHOD: frozenset({Role.AGENT}), wire_session.METHOD: frozenset({Role.GATEWAY})}
+        allowed = {lane_opening.METHOD: frozenset({Role.AGENT}), SESSION_METHOD: session_serving.ROLES}
         self.server = rpc.server(
             self.identity, bind=bind, port=0, what="the worker's port", knob="--bind", allowed=allowed, kind="tensor"
         )
         return self.server
+
+
+def _alone(lead: Lead, request: lane_pb2.Open, client: str) -> AsyncGenerator[lane_pb2.SessionEvent, None]:
+    return lead.serve(request, client, session_serving.Said())
 
 
 def _part_of(plan: Plan, node_id: str) -> tuple[Stage, Share]:

@@ -26,13 +26,18 @@ log = logging.getLogger(__name__)
 _RETRY_S: Final = 0.05
 
 
-def verified(entry: PeerEntry, owner_public_key: bytes, role: Role) -> VerifiedRecord:
-    """The record of `entry`; raises Unauthenticated (not the owner's), PermissionDenied (another role)."""
+def record_of(entry: PeerEntry, owner_public_key: bytes) -> VerifiedRecord:
+    """The record of `entry`; raises Unauthenticated (not the owner's), InvalidDocument."""
     try:
         signed = identity_pb2.SignedRecord.FromString(entry.record)
     except DecodeError:
         raise InvalidDocument(f"the record of {entry.name} does not parse") from None
-    record = verify_record(signed, owner_public_key)
+    return verify_record(signed, owner_public_key)
+
+
+def verified(entry: PeerEntry, owner_public_key: bytes, role: Role) -> VerifiedRecord:
+    """The same; raises PermissionDenied for another role."""
+    record = record_of(entry, owner_public_key)
     if record.role != role:
         raise PermissionDenied(f"{entry.name} is enrolled as {record.role.name.lower()}, not as {role.name.lower()}")
     return record

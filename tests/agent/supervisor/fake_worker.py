@@ -21,6 +21,7 @@ def main() -> None:
     load = control.decode_command(sys.stdin.buffer.readline())
     assert isinstance(load, control.Load)
     behavior = (Path(load.home) / "behavior").read_text() if (Path(load.home) / "behavior").exists() else ""
+    (Path(load.home) / "drafter.json").write_bytes(load.drafter)
     (Path(load.home) / "worker.pid").write_text(f"{os.getpid()} {load.epoch}")
     print("loading the fake", file=sys.stderr, flush=True)
     if behavior == "exit":
@@ -39,6 +40,9 @@ def main() -> None:
             (Path(load.home) / "connected").write_text(names)
         if isinstance(command, control.Gateways | control.Connect):
             (Path(load.home) / "gateways").write_text(" ".join(gateway.name for gateway in command.gateways))
+        if isinstance(command, control.Verifier):
+            said = f"{command.target} {command.lead.name if command.lead else command.why_away}"
+            (Path(load.home) / "verifier").write_text(said)
         if isinstance(command, control.Connect):
             say(control.Connected())
     while behavior == "deaf":

@@ -18,6 +18,7 @@ class Fleet(fleet_pb2_grpc.FleetServicer):
     def __init__(self, identity, port: int = 0) -> None:
         self.heard: list[fleet_pb2.AgentMessage] = []
         self.streams = 0
+        self.features: tuple[str, ...] = ()
         self.orders: asyncio.Queue[fleet_pb2.CoordinatorMessage] = asyncio.Queue()
         self._news = asyncio.Event()
         self.bound = rpc.server(
@@ -34,7 +35,7 @@ class Fleet(fleet_pb2_grpc.FleetServicer):
         first = await anext(request_iterator)
         assert first.WhichOneof("body") == "hello"
         self.streams += 1
-        yield fleet_pb2.CoordinatorMessage(hello=hello())
+        yield fleet_pb2.CoordinatorMessage(hello=hello(features=self.features))
         reader = asyncio.create_task(self._read(request_iterator))
         try:
             while True:

@@ -38,6 +38,7 @@ def parse(line: str) -> core.Event:
     made = {
         "assigned": lambda: core.Assigned(key, entries(rest)),
         "connect": lambda: core.ConnectAsked(key, (), entries(rest)),
+        "verifier": lambda: core.VerifierTold(key, control.Verifier(target=rest[0])),
         "release": lambda: core.ReleaseAsked(key),
         "fetching": lambda: core.Fetching(key, *sizes),
         "fetched": lambda: core.Fetched(key),
@@ -57,7 +58,7 @@ def show(command: core.Command) -> str:
         case core.End():
             return f"end {key}"
         case core.Tell(_, told):
-            names = [gateway.name for gateway in told.gateways]
+            names = [told.target] if isinstance(told, control.Verifier) else [each.name for each in told.gateways]
             return " ".join(["tell", key, type(told).__name__.lower(), *names])
     if command.error is not None:
         return f"report {key} failed {command.error.code}: {command.error.message}"

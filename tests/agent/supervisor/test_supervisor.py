@@ -12,20 +12,25 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from ganglion.agent.store import ManifestShelf, PieceStore, all_pieces
 from ganglion.agent.store.service import ALLOWED, PieceService
 from ganglion.agent.supervisor import run_agent
+from ganglion.agent.supervisor_messages import Offer
 from ganglion.agent.supervisor_orders import read_connect
 from ganglion.proto import fleet_pb2, identity_pb2
 from ganglion.wire import rpc
 from ganglion.wire.certificates import Role, TrustLabel
 from ganglion.wire.errors import Conflict, PermissionDenied
+from ganglion.wire.hello import DRAFTING
 from ganglion.wire.home import Home
 from ganglion.wire.identity import OwnerKey
 from ganglion.wire.nouns import (
     DeviceProfile,
+    Drafter,
+    Drafting,
     Embedding,
     FormatRate,
     Geometry,
@@ -152,9 +157,9 @@ class Scene:
         self.holder_address, self.manifest, self.gateway = holder_address, manifest, gateway
         self.agent: asyncio.Task | None = None
 
-    def start(self) -> None:
+    def start(self, **options) -> None:
         self.agent = asyncio.create_task(
-            run_agent(self.home, bind="127.0.0.1", probe=quick_probe, worker_module="fake_worker")
+            run_agent(self.home, bind="127.0.0.1", probe=quick_probe, worker_module="fake_worker", **options)
         )
 
     def assign(self, epoch: int, *, holder=None, gateways=None, threads: int = 1, deployment: str = "d") -> None:
@@ -256,6 +261,87 @@ async def test_from_hello_to_connected_to_released(scene):
     await scene.gone(pid)
 
 
+async def test_an_agent_that_drafts_is_told_to_the_worker_beside_the_gateways(scene, make_node):
+    scene.assign(1, gateways=[scene.gateway, make_node(name="drafting")])
+    await scene.reached(1, "listening")
+    scene.connect(1, gateways=[scene.gateway, make_node(name="drafting")])
+    await scene.reached(1, "connected")
+    assert (scene.home.path / "gateways").read_text() == "gate drafting"
+
+
+def drafts_with(scene, tmp_path, **changes) -> tuple[fleet_pb2.Assign, Manifest]:
+    """An order whose lead guesses with another model, which the holder has too."""
+    other = msgspec.structs.replace(scene.manifest, name="small", parameters=7, **changes)
+    drafter = Drafter(kind="model", manifest_digest=digest(other), slots=1, context=64)
+    plan = msgspec.structs.replace(plan_on(scene.me.node_id, scene.manifest), drafter=drafter)
+    order = fleet_pb2.Assign(
+        deployment="d",
+        epoch=1,
+        plan=to_json(plan),
+        manifest=to_json(scene.manifest),
+        holders=[peer(scene.holder, scene.holder_address, "holder")],
+        drafter=to_json(other),
+        drafter_holders=[peer(scene.holder, scene.holder_address, "holder")],
+    )
+    return order, other
+
+
+async def test_a_drafter_comes_with_the_share_and_goes_to_the_worker(scene, tmp_path):
+    store = PieceStore(tmp_path / "holder")
+    piece = store.put(b"other weights")
+    embedding = Embedding(dtype="float32", pieces=(piece,))
+    order, other = drafts_with(scene, tmp_path, embedding=embedding)
+    scene.fleet.send(assign=order)
+    await scene.reached(1, "listening")
+    assert (scene.home.path / "drafter.json").read_bytes() == order.drafter
+    assert PieceStore(scene.home.store).has(piece.digest, piece.size)
+    assert digest(other) in ManifestShelf(scene.home.store).digests()  # what keeps its pieces
+
+
+async def test_a_drafter_that_is_not_the_plan_s_is_refused(scene, tmp_path):
+    order, _ = drafts_with(scene, tmp_path)
+    order.drafter = to_json(scene.manifest)
+    scene.fleet.send(assign=order)
+    assert "the plan's drafter is" in (await scene.reached(1, "failed")).error_message
+    order, _ = drafts_with(scene, tmp_path, tokenizer={})
+    order.epoch = 2
+    scene.fleet.send(assign=order)
+    assert "differ in tokenizer.json" in (await scene.reached(2, "failed")).error_message
+
+
+async def test_who_verifies_is_told_to_the_worker_if_the_owner_vouches_for_it(scene, make_node):
+    scene.assign(1)
+    await scene.reached(1, "listening")
+    scene.connect(1)
+    await scene.reached(1, "connected")
+    told = fleet_pb2.Verifier(deployment="d", epoch=1, target="big", lead=peer(make_node(name="cloud"), "h:1"))
+    scene.fleet.send(verifier=told)
+    said = scene.home.path / "verifier"
+    await scene.fleet.until(lambda: said.exists() and said.read_text() == "big cloud", "the verifier")
+    told.lead.CopyFrom(peer(make_node(name="forged", signer=OwnerKey.generate()), "h:1"))
+    scene.fleet.send(verifier=told)
+    await scene.fleet.until(lambda: "signature is not valid" in said.read_text(), "a refusal")
+    told.lead.CopyFrom(peer(make_node(name="friend", label=TrustLabel.FRIEND), "h:1"))
+    scene.fleet.send(verifier=told)
+    await scene.fleet.until(lambda: "labelled friend" in said.read_text(), "a refusal")
+
+
+async def test_an_offer_to_draft_is_made_to_who_takes_them(scene):
+    offer = Offer(b"{}", to_json(Drafting(mode="sync")))
+    answers: list[tuple[str, str]] = []
+    await scene.fleet.until(lambda: scene.fleet.of("advert"), "an advert")
+    assert not scene.fleet.of("draft_offer")  # a coordinator of the release before would end the stream
+    scene.agent.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await scene.agent
+    scene.fleet.features = (DRAFTING,)
+    scene.start(offer=offer, on_answer=lambda *told: answers.append(told))
+    (made,) = await scene.fleet.until(lambda: scene.fleet.of("draft_offer"), "an offer")
+    assert (made.manifest, made.drafting) == (offer.manifest, offer.drafting)
+    scene.fleet.send(draft_answer=fleet_pb2.DraftAnswer(target="big", refused="no"))
+    await scene.fleet.until(lambda: answers == [("big", "no")], "the answer")
+
+
 async def test_a_new_epoch_ends_the_old_worker_and_fences_it(scene):
     scene.assign(1)
     await scene.reached(1, "listening")
@@ -277,7 +363,7 @@ async def test_forged_records_are_refused_before_they_are_used(scene, make_node)
     assert status.error_code == "unauthenticated"
     scene.assign(2, gateways=[make_node(Role.GATEWAY, name="forged", signer=OwnerKey.generate())])
     assert (await scene.reached(2, "failed")).error_code == "unauthenticated"
-    scene.assign(3, gateways=[make_node(Role.AGENT, name="no-gateway")])
+    scene.assign(3, gateways=[make_node(Role.AGENT, label=TrustLabel.FRIEND, name="no-gateway")])
     assert (await scene.reached(3, "failed")).error_code == "permission_denied"
     assert not (scene.home.path / "worker.pid").exists()
     scene.assign(4)

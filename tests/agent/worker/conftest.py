@@ -23,6 +23,7 @@ from mixture_shapes import make_mixture
 from reference_runner import Cut, Runner, cut_evenly
 
 from ganglion.agent import control
+from ganglion.agent.speculation.drafters import Drafter
 from ganglion.agent.store import PieceStore
 from ganglion.agent.worker import Worker
 from ganglion.partitioner.cut import numeric_class, partition
@@ -166,6 +167,12 @@ def stages_of(manifest: Manifest, nodes: Sequence[str], layout: Sequence[Sequenc
 
 
 @pytest.fixture
+def wide_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pays is another test's subject: here windows are as long as they may be."""
+    monkeypatch.setattr("ganglion.agent.speculation.window.best_window", lambda *_, most, **__: most)
+
+
+@pytest.fixture
 async def cluster(tmp_path: Path, world: Any) -> AsyncIterator[Callable[..., Any]]:
     """Call it with a model and a layout; every worker is closed at the end and nothing is left behind."""
     started: list[Cluster] = []
@@ -179,7 +186,9 @@ async def cluster(tmp_path: Path, world: Any) -> AsyncIterator[Callable[..., Any
         sessions: int = 2,
         chunk: int = 16,
         lanes: str | Sequence[str] = "grpc",
+        executors: Sequence[str] = (),
         change: Callable[[Plan], Plan] = lambda plan: plan,
+        drafter: Drafter | None = None,
     ) -> Cluster:
         count = sum(len(stage) for stage in layout)
         identities: list[Identity] = [world.node() for _ in range(count)]
@@ -226,8 +235,11 @@ async def cluster(tmp_path: Path, world: Any) -> AsyncIterator[Callable[..., Any
                     bind="127.0.0.1",
                     beat_path=str(beats[-1]),
                     lanes=lanes if isinstance(lanes, str) else lanes[rank],
+                    executor=executors[rank] if executors else "ort",
                 )
             )
+        if drafter is not None:
+            workers[0]._loaded.drafter = drafter
         ports = [events[rank][-1].port for rank in range(count)]
         peers = tuple(
             control.PeerEntry(record=one.record.SerializeToString(), address=f"127.0.0.1:{port}", name=name)

@@ -14,6 +14,7 @@ from ganglion.agent.worker_beat import Beat, LongestRun
 from ganglion.proto import identity_pb2, lane_pb2
 from ganglion.wire.errors import DeviceLost, PermissionDenied
 from ganglion.wire.frames import Kind
+from ganglion.wire.identity import NodeKeys, OwnerKey, Role, TrustLabel, make_record
 from ganglion.wire.session import SessionClient
 
 PROMPT = list(range(65, 85))
@@ -95,12 +96,13 @@ async def test_who_may_open_a_session(cluster, model):
         await running.tokens(PROMPT, 2)
 
 
-async def test_an_agent_in_the_list_of_gateways_is_left_out(cluster, model):
+@pytest.mark.parametrize("role", [Role.GATEWAY, Role.AGENT])
+async def test_who_is_not_the_owners_is_left_out(cluster, model, role):
     running = await cluster(model("llama"), [[1]])
-    own = running.workers[0]._loaded.identity
-    entry = control.PeerEntry(record=own.record.SerializeToString(), address="", name="forged")
+    forged = OwnerKey.generate().sign_record(make_record(NodeKeys.generate(), role, TrustLabel.OWNER))
+    entry = control.PeerEntry(record=forged.SerializeToString(), address="", name="forged")
     await running.workers[0].handle(control.Gateways(gateways=(entry,)))
-    assert running.workers[0]._gateways == {}
+    assert running.workers[0]._clients == {}
 
 
 async def test_a_stale_epoch_is_refused(cluster, model):

@@ -50,9 +50,9 @@ def _count_roles(running):
     executor, seen = running.workers[0]._loaded.executor, []
     begin = executor.begin
 
-    def count(entries, role):
+    def count(entries, role, takes):
         seen.append(role)
-        return begin(entries, role)
+        return begin(entries, role, takes)
 
     executor.begin = count
     return seen

@@ -12,10 +12,19 @@ import pytest
 from ganglion.agent import control
 from ganglion.agent.executor.executor import Executor
 from ganglion.agent.supervisor_worker import read_beat
-from ganglion.proto import lane_pb2
-from ganglion.wire.errors import ContextExceeded, Exhausted, Internal, InvalidRequest
+from ganglion.proto import identity_pb2, lane_pb2
+from ganglion.wire.errors import (
+    ContextExceeded,
+    Exhausted,
+    Internal,
+    InvalidRequest,
+    PermissionDenied,
+    ProtocolViolation,
+)
+from ganglion.wire.identity import TrustLabel
 from ganglion.wire.limits import SESSIONS_QUEUED
 from ganglion.wire.nouns import Plan
+from ganglion.wire.session import SessionClient
 
 PROMPT = list(range(65, 85))
 DEADLINE_S = 20.0
@@ -142,3 +151,38 @@ async def test_loading_says_how_far_it_is(cluster, model):
     assert [event.done_bytes for event in loading] == sorted(event.done_bytes for event in loading)
     assert loading[-1].done_bytes == loading[-1].total_bytes > 0
     assert np.isfinite(loading[-1].total_bytes)
+
+
+async def test_a_drafting_agent_is_admitted_by_name_and_owner(cluster, model, world, caplog):
+    running = await cluster(model("llama"), [[1]])
+    lead = running.workers[0]._loaded
+    peer = identity_pb2.Peer(record=lead.identity.record, address=f"127.0.0.1:{lead.server.port}")
+    agents = [world.node(), world.node(label=TrustLabel.FRIEND), world.node()]
+    entries = tuple(
+        control.PeerEntry(record=one.record.SerializeToString(), address="", name=f"agent-{number}")
+        for number, one in enumerate(agents[:2])
+    )
+    await running.workers[0].handle(control.Gateways(gateways=entries))
+    assert "agent-1 may open no sessions: agent-1 is labelled friend" in caplog.text
+    expected = model("llama").runner.greedy(PROMPT, 3)
+    gateway = running.client
+    for number, agent in enumerate(agents):
+        client = SessionClient(agent, peer, "demo", 7)
+        try:
+            running.client = client
+            if number == 0:
+                assert await running.tokens(PROMPT, 3) == expected
+                opened = await client.open(
+                    lane_pb2.Open(prompt=PROMPT, max_tokens=100, sampling=lane_pb2.Sampling(top_p=1))
+                )
+                await opened.send_drafts(lane_pb2.Drafts())  # it has no contract
+                with pytest.raises(ProtocolViolation):
+                    async for _ in opened.events():
+                        pass
+                assert await running.tokens(PROMPT, 3) == expected
+            else:
+                with pytest.raises(PermissionDenied, match="neither a gateway nor a drafting agent"):
+                    await running.tokens(PROMPT, 3)
+        finally:
+            running.client = gateway
+            await client.close()

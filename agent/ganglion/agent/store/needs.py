@@ -5,23 +5,43 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ganglion.wire.errors import InvalidDocument, NotFound
-from ganglion.wire.nouns import Manifest, PieceRef, Plan, Range, Segment, Share, Stage
+from ganglion.wire.nouns import TOKENIZER_FILE, Manifest, PieceRef, Plan, Range, Segment, Share, Stage
 from ganglion.wire.shares import share_pieces
-
-TOKENIZER_FILE = "tokenizer.json"  # of Manifest.tokenizer: the file that a grammar's masks are made from
 
 
 def needed_pieces(manifest: Manifest, plan: Plan, node_id: str) -> tuple[PieceRef, ...]:
     """The pieces and graphs of the share of `node_id`, each once, in the order in which they are used.
 
-    The lead also needs the whole embedding, and the tokenizer, for grammars. Raises NotFound when the plan has no such
+    The lead also needs the whole embedding, and the tokenizer, for grammars; and the first layers with the whole output
+    matrix, where it guesses by these. Raises NotFound when the plan has no such
     device, InvalidDocument when plan and manifest do not belong together.
     """
     for stage in plan.stages:
         for share in stage.shares:
             if share.device == node_id:
-                return _unique(_of_share(manifest, stage, share, lead=node_id == plan.lead))
+                is_lead = node_id == plan.lead
+                early = plan.drafter.layers if is_lead and plan.drafter is not None else 0
+                own = _of_share(manifest, stage, share, lead=is_lead)
+                return _unique((*own, *_of_whole(manifest, early, node_id)) if early else own)
     raise NotFound(f"the plan has no share for device {node_id}; it names {', '.join(plan.devices)}")
+
+
+def whole_model_pieces(manifest: Manifest) -> tuple[PieceRef, ...]:
+    """The pieces and graphs with which one device runs all of `manifest`, each once. Raises InvalidDocument."""
+    return _unique((*manifest.embedding.pieces, *_of_whole(manifest, len(manifest.layers), "a" * 26)))
+
+
+def _of_whole(manifest: Manifest, layers: int, node_id: str) -> Iterator[PieceRef]:
+    """Of the first `layers` layers and the output matrix, all groups."""
+    geometry = manifest.geometry
+    share = Share(
+        device=node_id,
+        heads=Range(0, geometry.head_groups),
+        columns=Range(0, geometry.column_groups),
+        vocab=Range(0, geometry.vocab_groups),
+    )
+    stage = Stage(layers=Range(0, layers), shares=(share,), topology="mesh")
+    yield from _of_share(manifest, stage, share, lead=False)
 
 
 def all_pieces(manifest: Manifest) -> tuple[PieceRef, ...]:
