@@ -121,7 +121,9 @@ def make_profile(budget_bytes: int = 4 * MODEL_BYTES, **changes) -> DeviceProfil
     return DeviceProfile(**(figures | changes))
 
 
-def all_devices(manifest: Manifest, devices: Sequence[Device], links: object, options: PlanOptions) -> PlanReport:
+def all_devices(
+    manifest: Manifest, devices: Sequence[Device], links: object, options: PlanOptions, drafter: Manifest | None = None
+) -> PlanReport:
     """A planner without figures: even shares over every device, if together they have MODEL_BYTES."""
     ranked = sorted(devices, key=lambda device: device.name)
     have = sum(device.profile.memory_budget_bytes for device in ranked)
@@ -350,7 +352,10 @@ class World:
         return await within(enrol(folder, token=self.token(role, label=label), role=role, name=name))
 
     async def agent(self, name: str, **options) -> FakeAgent:
-        agent = FakeAgent(self, await self.enrol(name))
+        return await self.enter(await self.enrol(name), **options)
+
+    async def enter(self, identity: Identity, **options) -> FakeAgent:
+        agent = FakeAgent(self, identity)
         self._agents.append(agent)
         return await agent.start(**options)
 

@@ -253,3 +253,20 @@ def test_a_newer_schema_is_refused(tmp_path: Path):
     database.close()
     with pytest.raises(Unsupported, match="schema 99"):
         SqliteRegistry(path)
+
+
+def test_a_registry_of_the_schema_before_is_brought_up_to_date(tmp_path) -> None:
+    path = tmp_path / "registry.sqlite3"
+    SqliteRegistry(path).close()
+    database = sqlite3.connect(path)
+    database.execute("ALTER TABLE deployments DROP COLUMN drafter")
+    values = ("d", "m", "0" * 64, b"{}", b"{}", "", 3, b"[]", 1.0)
+    database.execute(f"INSERT INTO deployments VALUES ({', '.join('?' * len(values))})", values)
+    database.execute("PRAGMA user_version = 1")
+    database.commit()
+    database.close()
+    for _ in range(2):
+        registry = SqliteRegistry(path)
+        (row,) = registry.deployments()
+        assert (row.deployment, row.epoch, row.drafter) == ("d", 3, b"")
+        registry.close()

@@ -206,7 +206,7 @@ async def test_links_are_ordered_when_a_device_joins_and_reach_the_planner(world
     seen = []
     asked = threading.Event()
 
-    def planner(manifest, devices, links, options):
+    def planner(manifest, devices, links, options, drafter):
         seen.append(links)
         asked.set()
         return tools.plan_all(manifest, devices, links, options)

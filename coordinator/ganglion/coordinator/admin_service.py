@@ -81,7 +81,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self, request: admin_pb2.DeployRequest, context: _Context
     ) -> AsyncIterator[admin_pb2.DeployEvent]:
         """Events until the deployment is ready, failed or stopped; a caller that leaves does not stop it."""
-        deployment = self._deployments.deploy(request.manifest, request.options, request.holder)
+        deployment = self._deployments.deploy(request.manifest, request.options, request.holder, request.drafter)
         last = None
         while True:
             version, sent_s = self._roster.changes.version, time.monotonic()
@@ -97,7 +97,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
         self, request: admin_pb2.DeployRequest, context: _Context
     ) -> admin_pb2.ExplainReply:
         """Every candidate with its figures, without deploying."""
-        report = await self._deployments.explain(request.manifest, request.options)
+        report = await self._deployments.explain(request.manifest, request.options, request.drafter)
         return admin_pb2.ExplainReply(report=fitting_report(report))
 
     async def Stop(self, request: admin_pb2.StopRequest, context: _Context) -> admin_pb2.StopReply:  # noqa: N802
@@ -140,6 +140,7 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             deployments=[each.state(self._roster, viewer_host) for each in self._deployments.all()],
             tokens_unused=len(unused),
             coordinator_version=distribution_version(),
+            refused_offers=self._deployments.offers.refused(),
         )
 
     def _device_state(self, row: DeviceRow, viewer_host: str) -> admin_pb2.DeviceState:

@@ -10,14 +10,16 @@ from ganglion.coordinator.deployments.machine import DeploymentMachine
 from ganglion.coordinator.roster import Roster
 from ganglion.proto import admin_pb2, fleet_pb2, identity_pb2
 from ganglion.wire.errors import NotFound
-from ganglion.wire.nouns import Manifest, Plan, PlanOptions, to_json
+from ganglion.wire.nouns import Drafting, Manifest, Plan, PlanOptions, digest, to_json
 
 
 @dataclass
 class Deployment:
     """A wanted model, its machine and its present plan.
 
-    reserved_bytes: memory that the plan takes, by node id. sessions: open on the lead, as it last said.
+    reserved_bytes: memory that the plan takes, by node id. sessions: open on the lead, as it last said. drafter: the
+    model that guesses at the lead. drafters: devices that draft for this one, whose sessions the lead admits. told: the
+    worker of a drafting deployment, last.
     """
 
     deployment: str
@@ -31,11 +33,40 @@ class Deployment:
     plan_json: bytes = b""
     reserved_bytes: dict[str, int] = field(default_factory=dict)
     sessions: int = 0
+    drafter: Manifest | None = None
+    drafter_json: bytes = b""
+    drafters: tuple[str, ...] = ()
+    told: fleet_pb2.Verifier | None = None
 
     @property
     def model(self) -> str:
         """The name that the API shows."""
         return self.manifest.name
+
+    @property
+    def drafting(self) -> Drafting | None:
+        """How it drafts for another model; None: it answers itself."""
+        return self.options.drafting
+
+    @property
+    def drafts_for(self) -> str:
+        """Name of the model that it drafts for; "" for any other deployment."""
+        return self.drafting.target if self.drafting is not None else ""
+
+    @property
+    def drafter_digest(self) -> str:
+        """Of the other model that guesses at its lead; "" without one."""
+        return digest(self.drafter) if self.drafter is not None else ""
+
+    @property
+    def verifier_url(self) -> str:
+        """Of the HTTP verifier that it drafts for; "" for none."""
+        return self.drafting.url if self.drafting is not None else ""
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """What is wanted once: a model of a name; and a drafter of a name for each model and choice of devices."""
+        return place_of(self.manifest, self.options)
 
     def adopt(self, plan: Plan, reserved_bytes: dict[str, int]) -> None:
         """This plan is the one of the next epoch."""
@@ -75,6 +106,9 @@ class Deployment:
             manifest=self.manifest_json,
             holders=[roster.peer(node_id, viewer_host) for node_id in self.holders(roster)],
             sessions=self.sessions,
+            drafts_for=self.drafts_for,
+            drafter=self.drafter.name if self.drafter is not None else "",
+            drafter_digest=self.drafter_digest,
         )
         if machine.is_running:
             state.plan = self.plan_json
@@ -112,13 +146,17 @@ class Deployment:
     def assign(self, roster: Roster, node_id: str, epoch: int) -> fleet_pb2.Assign:
         """The order to prepare a share."""
         host = _host_of(roster, node_id)
+        is_lead = self.plan is not None and self.plan.lead == node_id
+        drafter_holders = self.drafter_holders(roster) if self.drafter is not None and is_lead else []
         return fleet_pb2.Assign(
             deployment=self.deployment,
             epoch=epoch,
             plan=self.plan_json,
             manifest=self.manifest_json,
             holders=[roster.peer(source, host) for source in self.sources(roster, node_id)],
-            gateways=roster.gateways(),
+            gateways=self._admitted(roster),
+            drafter=self.drafter_json if is_lead else b"",
+            drafter_holders=[roster.peer(holder, host) for holder in drafter_holders if holder != node_id],
         )
 
     def connect(self, roster: Roster, node_id: str, epoch: int) -> fleet_pb2.Connect:
@@ -128,8 +166,26 @@ class Deployment:
             deployment=self.deployment,
             epoch=epoch,
             peers=[self.worker_peer(roster, peer, host) for peer in self.machine.devices],
-            gateways=roster.gateways(),
+            gateways=self._admitted(roster),
         )
+
+    def drafter_holders(self, roster: Roster) -> list[str]:
+        """Node ids of the devices at hand that hold the drafter whole; who deployed it from its store comes first."""
+        if self.drafter is None:
+            return []
+        held = [member.node_id for member in roster.ready_members() if self.drafter_digest in member.held]
+        first = [self.holder] if roster.member(self.holder) is not None else []
+        return list(dict.fromkeys((*first, *held)))
+
+    def _admitted(self, roster: Roster) -> list[identity_pb2.Peer]:
+        """Who may open sessions: gateways, and devices that draft for this model. They dial, and have no address."""
+        return [*roster.gateways(), *(roster.peer(node_id, "", ()) for node_id in self.drafters)]
+
+
+def place_of(manifest: Manifest, options: PlanOptions) -> tuple[str, ...]:
+    """See `Deployment.place`."""
+    drafting = options.drafting
+    return (manifest.name,) if drafting is None else (manifest.name, drafting.target, *options.devices)
 
 
 def _host_of(roster: Roster, node_id: str) -> str:

@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from ganglion.coordinator.deployments.deployment import Deployment
+from ganglion.coordinator.deployments.deployment import Deployment, place_of
+from ganglion.coordinator.deployments.drafting import drafters_of, verifier_for
 from ganglion.coordinator.deployments.events import (
     Again,
     BeginEpoch,
@@ -32,9 +33,11 @@ from ganglion.coordinator.deployments.events import (
     WorkerPhase,
 )
 from ganglion.coordinator.deployments.machine import DeploymentMachine
+from ganglion.coordinator.deployments.offers import Offers, read_offer
 from ganglion.coordinator.deployments.planning import Placed, PlanInput, Planner, less_reserved, make_plan
 from ganglion.coordinator.registry import DeploymentRow, Registry
 from ganglion.coordinator.roster import Roster
+from ganglion.partitioner.cost import Device
 from ganglion.proto import fleet_pb2
 from ganglion.wire.errors import (
     Exhausted,
@@ -45,6 +48,7 @@ from ganglion.wire.errors import (
     ProtocolViolation,
     Unavailable,
 )
+from ganglion.wire.identity import TrustLabel
 from ganglion.wire.limits import CONTROL_MESSAGE_BYTES, MANIFEST_BYTES, PLAN_BYTES
 from ganglion.wire.nouns import Manifest, PlanOptions, PlanReport, digest, from_json, to_json
 
@@ -55,7 +59,11 @@ log = logging.getLogger(__name__)
 
 
 class Deployments:
-    """Every wanted deployment; at most one for each name of a model, since the API knows models by name."""
+    """Every wanted deployment; at most one for each name of a model, since the API knows models by name.
+
+    Deployments that draft are beside these: one for each drafter, model and choice of devices. Neither kind ends with
+    the other: a device that drafts goes on alone.
+    """
 
     def __init__(self, registry: Registry, roster: Roster, planner: Planner, clock: Callable[[], float]) -> None:
         self._registry = registry
@@ -65,16 +73,17 @@ class Deployments:
         self._known: dict[str, Deployment] = {}
         self._planning = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
+        self.offers = Offers(self._label_of, roster.name_of)
         roster.on_joined = lambda node_id: self._handle_all(FleetChanged(node_id))
         roster.on_changed = lambda: self._handle_all(FleetChanged())
-        roster.on_lost = lambda node_id, reason: self._handle_all(Lost(node_id, reason))
+        roster.on_lost = self._lost
         roster.on_silent = self._silent
 
     def restore(self) -> None:
         """Bring back what was wanted before a restart: old epochs end, every deployment is planned anew."""
         for row in self._registry.deployments():
             try:
-                manifest, options = parse_request(row.manifest, row.options)
+                manifest, options, drafter = parse_request(row.manifest, row.options, row.drafter)
             except InvalidDocument as error:
                 log.error("deployment %s (%s) is of another release: dropped: %s", row.deployment, row.model, error)
                 self._registry.remove_deployment(row.deployment)
@@ -83,6 +92,7 @@ class Deployments:
             deployment = Deployment(
                 row.deployment, manifest, row.manifest, row.manifest_digest, options, row.holder, machine
             )
+            deployment.drafter, deployment.drafter_json = drafter, row.drafter
             self._known[row.deployment] = deployment
             self._apply(deployment, machine.resume(self._clock(), row.devices))
 
@@ -94,14 +104,15 @@ class Deployments:
 
     # What people want
 
-    def deploy(self, manifest_json: bytes, options_json: bytes, holder: str) -> Deployment:
+    def deploy(self, manifest_json: bytes, options_json: bytes, holder: str, drafter_json: bytes = b"") -> Deployment:
         """Want a model. The same manifest and options again: the same deployment, tried again if it had failed.
 
-        Another manifest or other options under the same name take the place of the deployment before. Raises
-        InvalidDocument, and Unavailable when the holder is not here.
+        `drafter_json`: the model that guesses at its lead, which `holder` holds too. Another manifest or other options
+        under the same name take the place of the deployment before. Raises InvalidDocument, and Unavailable when the
+        holder is not here.
         """
-        manifest, options = parse_request(manifest_json, options_json)
-        manifest_digest = digest(manifest)
+        manifest, options, drafter = parse_request(manifest_json, options_json, drafter_json)
+        manifest_digest, place = digest(manifest), place_of(manifest, options)
         if self._roster.member(holder) is None:
             raise Unavailable(
                 f"{self._roster.name_of(holder) if holder else 'the device'} that holds {manifest.name} has no control "
@@ -109,14 +120,14 @@ class Deployments:
                 param="holder",
             )
         for known in list(self._known.values()):
-            if known.manifest_digest == manifest_digest and known.options == options:
+            if (known.manifest_digest, known.options, known.drafter) == (manifest_digest, options, drafter):
                 known.holder = holder
                 self._registry.put_holder(known.deployment, holder)
                 self._handle(known, Again())
                 return known
-        self._check_room(manifest.name, len(manifest_json))
+        self._check_room(place, len(manifest_json))
         for known in list(self._known.values()):
-            if known.model == manifest.name:
+            if known.place == place:
                 self._handle(known, Stop("another deployment of the same name takes its place"))
         deployment = Deployment(
             secrets.token_hex(6),
@@ -126,6 +137,8 @@ class Deployments:
             options,
             holder,
             DeploymentMachine(self._roster.name_of),
+            drafter=drafter,
+            drafter_json=to_json(drafter) if drafter is not None else b"",
         )
         self._registry.put_deployment(
             DeploymentRow(
@@ -138,16 +151,19 @@ class Deployments:
                 epoch=0,
                 devices=(),
                 created_unix_s=time.time(),
+                drafter=deployment.drafter_json,
             )
         )
         self._known[deployment.deployment] = deployment
         log.info("deployment %s: %s is wanted", deployment.deployment, deployment.model)
         self._apply(deployment, deployment.machine.start(self._clock()))
+        if deployment.drafting is None:
+            self._take_offers(self.offers.node_ids, deployment.model)
         return deployment
 
-    def _check_room(self, model: str, size: int) -> None:
+    def _check_room(self, place: tuple[str, ...], size: int) -> None:
         """Raise Exhausted when the manifests of all deployments would no longer fit one message of Watch."""
-        others = sum(len(each.manifest_json) for each in self._known.values() if each.model != model)
+        others = sum(len(each.manifest_json) for each in self._known.values() if each.place != place)
         if others + size > WATCHED_MANIFESTS_BYTES:
             raise Exhausted(
                 f"the manifests of all deployments would take {others + size} bytes, at most {WATCHED_MANIFESTS_BYTES} "
@@ -156,18 +172,20 @@ class Deployments:
 
     def stop(self, name: str) -> None:
         """Stop a deployment, given by its id or its model's name; raises NotFound naming those there are."""
-        found = self._known.get(name) or next((each for each in self._known.values() if each.model == name), None)
+        named = [each for each in self._known.values() if each.model == name]
+        found = self._known.get(name) or min(named, key=lambda each: each.drafts_for, default=None)
         if found is None:
             have = ", ".join(sorted(each.model for each in self._known.values())) or "none"
             raise NotFound(f"no deployment {name!r}; there are: {have}", param="deployment")
         self._handle(found, Stop("stopped by the owner"))
 
-    async def explain(self, manifest_json: bytes, options_json: bytes) -> PlanReport:
+    async def explain(self, manifest_json: bytes, options_json: bytes, drafter_json: bytes = b"") -> PlanReport:
         """What a deployment would choose now, without deploying; raises what the planner raises."""
-        manifest, options = parse_request(manifest_json, options_json)
-        taken = [each.reserved_bytes for each in self._known.values() if each.model != manifest.name]
-        devices = less_reserved(self._roster.devices(), taken)
-        return await asyncio.to_thread(self._planner, manifest, devices, self._roster.links(), options)
+        manifest, options, drafter = parse_request(manifest_json, options_json, drafter_json)
+        place = place_of(manifest, options)
+        taken = [each.reserved_bytes for each in self._known.values() if each.place != place]
+        devices = less_reserved(self._devices(options), taken)
+        return await asyncio.to_thread(self._planner, manifest, devices, self._roster.links(), options, drafter)
 
     def all(self) -> list[Deployment]:
         """Every wanted deployment, in order of creation."""
@@ -217,6 +235,47 @@ class Deployments:
     def device_changed(self, node_id: str, reason: str) -> None:
         """A device may no longer be used as planned (its label changed): its deployments are planned again."""
         self._handle_all(Lost(node_id, reason))
+        self._take_offers((node_id,))
+
+    def offer(self, node_id: str, message: fleet_pb2.DraftOffer) -> None:
+        """A device would draft, or would not any more: what came of its offers then ends. Raises InvalidDocument."""
+        offer = read_offer(message)
+        if offer is None:
+            self.offers.forget(node_id)
+        else:
+            self.offers.put(node_id, offer)
+        kept = digest(offer.manifest) if offer is not None else ""
+        for each in list(self._known.values()):
+            offered = each.drafting is not None and each.drafting.offered and each.options.devices == (node_id,)
+            if offered and each.manifest_digest != kept:
+                self._handle(each, Stop("its device offers it no more"))
+        self._take_offers((node_id,))
+
+    def _take_offers(self, node_ids: tuple[str, ...], model: str = "") -> None:
+        """Make what the offers of these devices lead to, for every model or for the one of this name."""
+        targets = {
+            each.model: each.manifest
+            for each in self._known.values()
+            if each.drafting is None and model in ("", each.model)
+        }
+        for wanted in self.offers.match(node_ids, targets):
+            target = wanted.options.drafting.target if wanted.options.drafting is not None else ""
+            try:
+                self.deploy(wanted.manifest_json, to_json(wanted.options), wanted.node_id)
+            except GanglionError as error:
+                self.offers.answer(wanted.node_id, target, error.message)
+            else:
+                self.offers.answer(wanted.node_id, target, "")
+        for node_id, answer in self.offers.news():
+            self._roster.send(node_id, fleet_pb2.CoordinatorMessage(draft_answer=answer))
+            self._roster.changes.mark()
+
+    def _label_of(self, node_id: str) -> str:
+        return TrustLabel.of(self._registry.device(node_id).label).value
+
+    def _lost(self, node_id: str, reason: str) -> None:
+        self.offers.forget(node_id)
+        self._handle_all(Lost(node_id, reason))
 
     def gateways_changed(self) -> None:
         """Tell every lead who may open sessions."""
@@ -227,6 +286,7 @@ class Deployments:
         self._handle_all(Tick())
         ready = (each.machine.devices for each in self._known.values() if each.machine.phase is Phase.READY)
         self._roster.set_serving(frozenset(node_id for devices in ready for node_id in devices))
+        self._tell_drafting()
 
     def _silent(self, node_id: str, reason: str) -> None:
         for deployment in list(self._known.values()):
@@ -249,6 +309,26 @@ class Deployments:
         if after != before:
             log.info("deployment %s epoch %d: %s: %s", deployment.deployment, after[1], after[0].value, after[2])
         self._apply(deployment, commands)
+        if after != before:
+            self._tell_drafting()
+
+    def _tell_drafting(self) -> None:
+        """Tell leads which devices draft for them, then those devices who verifies, where either has changed."""
+        known = list(self._known.values())
+        if not any(each.drafting is not None or each.drafters for each in known):
+            return
+        for target in known:
+            drafters = drafters_of(target, known)
+            if drafters != target.drafters:
+                target.drafters = drafters
+                self._handle(target, GatewaysChanged())
+        for each in known:
+            if each.drafting is None or each.machine.phase is not Phase.READY:
+                continue
+            told = verifier_for(each, known, self._roster)
+            if told != each.told:
+                each.told = told
+                self._roster.send(each.machine.devices[0], fleet_pb2.CoordinatorMessage(verifier=told))
 
     def _apply(self, deployment: Deployment, commands: list[Command]) -> None:
         roster, machine = self._roster, deployment.machine
@@ -262,7 +342,7 @@ class Deployments:
                     task.add_done_callback(self._tasks.discard)
                 case BeginEpoch(epoch, devices):
                     self._registry.begin_epoch(deployment.deployment, epoch, devices)
-                    deployment.sessions = 0
+                    deployment.sessions, deployment.told = 0, None
                 case SendAssign(node_id, epoch):
                     if machine.epoch == epoch and machine.is_running:
                         assign = deployment.assign(roster, node_id, epoch)
@@ -304,16 +384,28 @@ class Deployments:
             else:
                 self._adopt(deployment, command, placed)
 
+    def _devices(self, options: PlanOptions) -> list[Device]:
+        """Devices that may be planned on; what offers to draft does nothing else unless it is named."""
+        drafting = set(self.offers.node_ids) if options.drafting is None else set()
+        named = set(options.devices)
+        return [
+            device
+            for device in self._roster.devices()
+            if device.node_id not in drafting or {device.node_id, device.name} & named
+        ]
+
     def _plan_input(self, deployment: Deployment) -> PlanInput:
         roster = self._roster
         taken = [each.reserved_bytes for each in self._known.values() if each is not deployment]
         return PlanInput(
             manifest=deployment.manifest,
             options=deployment.options,
-            devices=less_reserved(roster.devices(), taken),
+            devices=less_reserved(self._devices(deployment.options), taken),
             links=roster.links(),
             holders=tuple(roster.name_of(node_id) for node_id in deployment.holders(roster)),
             holder=roster.name_of(deployment.holder),
+            drafter=deployment.drafter,
+            drafter_held=bool(deployment.drafter_holders(roster)),
             again=deployment.machine.epoch > 0,
         )
 
@@ -323,13 +415,21 @@ class Deployments:
         self._handle(deployment, Planned(command.attempt, placed.plan.devices))
 
 
-def parse_request(manifest_json: bytes, options_json: bytes) -> tuple[Manifest, PlanOptions]:
-    """The documents of a DeployRequest; raises InvalidDocument."""
+def parse_request(
+    manifest_json: bytes, options_json: bytes, drafter_json: bytes = b""
+) -> tuple[Manifest, PlanOptions, Manifest | None]:
+    """The documents of a DeployRequest: model, options, drafter; raises InvalidDocument."""
     manifest = from_json(Manifest, manifest_json, limit_bytes=MANIFEST_BYTES)
     options = from_json(PlanOptions, options_json or b"{}", limit_bytes=PLAN_BYTES)
     if not manifest.name or len(manifest.name) > 128:
         raise InvalidDocument(f"Manifest: a name of {len(manifest.name)} characters, expected 1 to 128", param="name")
-    return manifest, options
+    if options.drafting is not None and not options.drafting.target:
+        raise InvalidDocument("PlanOptions: who drafts needs the name of the model that answers", param="drafting")
+    if options.drafting is not None and options.drafting.target == manifest.name:
+        # Under one name a gateway could take the one for the other while that is away.
+        raise InvalidDocument(f"a drafter for {manifest.name} needs another name (--name)", param="drafting")
+    drafter = from_json(Manifest, drafter_json, limit_bytes=MANIFEST_BYTES) if drafter_json else None
+    return manifest, options, drafter
 
 
 async def run_ticks(tick: Callable[[], None], every_s: float) -> None:

@@ -12,13 +12,17 @@ from ganglion.partitioner.placement import surviving_options
 from ganglion.wire.errors import DoesNotFit, GanglionError, Unavailable
 from ganglion.wire.nouns import Manifest, Plan, PlanOptions, PlanReport
 
-Planner = Callable[[Manifest, Sequence[Device], Mapping[tuple[str, str], LinkFigures], PlanOptions], PlanReport]
+Planner = Callable[
+    [Manifest, Sequence[Device], Mapping[tuple[str, str], LinkFigures], PlanOptions, Manifest | None], PlanReport
+]
+"""Model, devices, links, options, and the model that guesses at the lead."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanInput:
     """Everything a plan depends on. holders: names of devices here that hold the pieces; holder: who had them first.
 
+    drafter: the model that guesses at the lead; drafter_held: by a device that is here, or by `holder`.
     again: the deployment was planned before, so a device that was named may have been lost: the survivors answer.
     """
 
@@ -28,6 +32,8 @@ class PlanInput:
     links: Mapping[tuple[str, str], LinkFigures]
     holders: tuple[str, ...]
     holder: str
+    drafter: Manifest | None = None
+    drafter_held: bool = True
     again: bool = False
 
 
@@ -61,6 +67,11 @@ def make_plan(planner: Planner, asked: PlanInput, avoid: frozenset[str], banned:
             f"{model}: none of the devices that are alive holds its pieces; {asked.holder} held them: start its agent, "
             "or deploy the model from a device that has it"
         )
+    if asked.drafter is not None and not asked.drafter_held:
+        raise Unavailable(
+            f"{model}: none of the devices that are alive holds its drafter {asked.drafter.name}; {asked.holder} held"
+            " it: start its agent, or deploy the model without --drafter"
+        )
     allowed = [device for device in asked.devices if device.node_id not in banned]
     if not allowed:
         raise Unavailable(f"{model}: no device is alive and fit for it; ganglion device ls says which are missing")
@@ -75,7 +86,7 @@ def make_plan(planner: Planner, asked: PlanInput, avoid: frozenset[str], banned:
 
 def _place(planner: Planner, asked: PlanInput, devices: Sequence[Device]) -> Placed:
     options = surviving_options(asked.options, devices) if asked.again else asked.options
-    report = planner(asked.manifest, devices, asked.links, options)
+    report = planner(asked.manifest, devices, asked.links, options, asked.drafter)
     chosen = next((candidate for candidate in report.candidates if candidate.chosen), None)
     if report.plan is None or chosen is None:
         raise DoesNotFit(shortage_text(report))

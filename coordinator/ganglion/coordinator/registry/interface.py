@@ -43,7 +43,10 @@ class TokenRow:
 
 @dataclass(frozen=True, kw_only=True)
 class DeploymentRow:
-    """One deployment that is wanted. manifest, options: canonical JSON. devices: node ids of its last plan."""
+    """One deployment that is wanted. manifest, options: canonical JSON. devices: node ids of its last plan.
+
+    drafter: the manifest of the model that guesses at its lead; empty without one.
+    """
 
     deployment: str
     model: str
@@ -54,6 +57,7 @@ class DeploymentRow:
     epoch: int
     devices: tuple[str, ...]
     created_unix_s: float
+    drafter: bytes = b""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from ganglion.coordinator.registry.interface import (
 )
 from ganglion.wire.errors import Conflict, Corrupt, NotFound, PermissionDenied, Unsupported
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 _BUSY_S: Final = 10.0
 
 _SCHEMA: Final = """
@@ -35,7 +35,7 @@ CREATE TABLE tokens (
 CREATE TABLE deployments (
     deployment TEXT PRIMARY KEY, model TEXT NOT NULL, manifest_digest TEXT NOT NULL, manifest BLOB NOT NULL,
     options BLOB NOT NULL, holder TEXT NOT NULL, epoch INTEGER NOT NULL, devices BLOB NOT NULL,
-    created_unix_s REAL NOT NULL) STRICT;
+    created_unix_s REAL NOT NULL, drafter BLOB NOT NULL DEFAULT x'') STRICT;
 CREATE TABLE links (
     source TEXT NOT NULL, target TEXT NOT NULL, reachable INTEGER NOT NULL, rtt_s REAL NOT NULL,
     bytes_per_s REAL NOT NULL, PRIMARY KEY (source, target)) STRICT;
@@ -47,7 +47,11 @@ _DEVICE_AGAIN: Final = (
     "seen_unix_s = excluded.seen_unix_s"
 )
 _TOKEN: Final = "token_id, grant_, expires_unix_s, uses, used, revoked"  # noqa: S105 - names of columns
-_DEPLOYMENT: Final = "deployment, model, manifest_digest, manifest, options, holder, epoch, devices, created_unix_s"
+_DEPLOYMENT: Final = (
+    "deployment, model, manifest_digest, manifest, options, holder, epoch, devices, created_unix_s, drafter"
+)
+# What an older schema lacks, by its version.
+_UPGRADES: Final = {1: "ALTER TABLE deployments ADD COLUMN drafter BLOB NOT NULL DEFAULT x''"}
 _NODE_IDS: Final = msgspec.json.Decoder(tuple[str, ...])
 
 
@@ -81,7 +85,11 @@ class SqliteRegistry:
                 for statement in filter(str.strip, _SCHEMA.split(";")):
                     database.execute(statement)
                 database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            elif version != SCHEMA_VERSION:
+            while version in _UPGRADES:
+                database.execute(_UPGRADES[version])
+                version += 1
+                database.execute(f"PRAGMA user_version = {version}")
+            if version not in {0, SCHEMA_VERSION}:
                 raise Unsupported(
                     f"registry {path} has schema {version}, this release knows {SCHEMA_VERSION}: use the release that "
                     "wrote it, or a newer one"
@@ -242,7 +250,7 @@ class SqliteRegistry:
         with self._transaction():
             try:
                 self._all(
-                    f"INSERT INTO deployments ({_DEPLOYMENT}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
+                    f"INSERT INTO deployments ({_DEPLOYMENT}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
                     row.deployment,
                     row.model,
                     row.manifest_digest,
@@ -252,6 +260,7 @@ class SqliteRegistry:
                     row.epoch,
                     msgspec.json.encode(row.devices),
                     row.created_unix_s,
+                    row.drafter,
                 )
             except sqlite3.IntegrityError as error:
                 raise Conflict(f"deployment {row.deployment} is known already") from error
@@ -334,7 +343,7 @@ def _token(values: Any) -> TokenRow:
 
 
 def _deployment(values: Any) -> DeploymentRow:
-    deployment, model, manifest_digest, manifest, options, holder, epoch, devices, created_unix_s = values
+    deployment, model, manifest_digest, manifest, options, holder, epoch, devices, created_unix_s, drafter = values
     return DeploymentRow(
         deployment=deployment,
         model=model,
@@ -345,4 +354,5 @@ def _deployment(values: Any) -> DeploymentRow:
         epoch=epoch,
         devices=_NODE_IDS.decode(devices),
         created_unix_s=created_unix_s,
+        drafter=drafter,
     )
