@@ -44,7 +44,7 @@ from ganglion.wire.nouns import (
     digest,
     to_json,
 )
-from ganglion.wire.session import SessionServicer
+from ganglion.wire.session_serving import Said, SessionServicer
 
 DER = serialization.Encoding.DER
 DAY = datetime.timedelta(days=1)
@@ -312,7 +312,9 @@ class Agent(pieces_pb2_grpc.PiecesServicer):
     def peer(self) -> identity_pb2.Peer:
         return identity_pb2.Peer(record=self.identity.record, address=self.bound.address, name="fake-lead")
 
-    async def _session(self, request: lane_pb2.Open, _gateway: str) -> AsyncGenerator[lane_pb2.SessionEvent, None]:
+    async def _session(
+        self, request: lane_pb2.Open, _gateway: str, _said: Said
+    ) -> AsyncGenerator[lane_pb2.SessionEvent, None]:
         self.requests.append(request)
         self.open += 1
         try:

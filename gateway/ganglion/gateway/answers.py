@@ -8,19 +8,22 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from ganglion.gateway.callparser import Arguments, CallParser, Content, Event, Started
 from ganglion.gateway.generation import Ended
 from ganglion.gateway.tokenizing import ModelTokenizer
 from ganglion.gateway.transcript import Delta, Placed
-from ganglion.proto.lane_pb2 import Timings
+from ganglion.proto.lane_pb2 import Speculation, Timings
 
 Json = dict[str, Any]
 
 
-def fingerprint(numeric_class: str) -> str:
-    """`system_fingerprint`: the digest of what the tokens depend on."""
+def fingerprint(numeric_class: str) -> str | None:
+    """`system_fingerprint`: the digest of what the tokens depend on; None where that is not known."""
+    if not numeric_class:  # an HTTP verifier's
+        return None
     return "fp_" + hashlib.sha256(numeric_class.encode()).hexdigest()[:16]
 
 
@@ -40,6 +43,30 @@ def timings(ends: Sequence[Ended]) -> Json:
     """The lead's account by the names of `Timings`, seconds and bytes, of every choice together."""
     found = [end.timings for end in ends if end.timings is not None]
     return {each.name: sum(getattr(one, each.name) for one in found) for each in Timings.DESCRIPTOR.fields}
+
+
+def marks(ends: Sequence[Ended]) -> Json:
+    """`ganglion`: what a device drew alone, and how was drafted; {} where neither was."""
+    local = sum(end.local_tokens for end in ends)
+    found = speculation(ends)
+    if not local and not found:
+        return {}
+    return {"ganglion": {"local_tokens": local, **({"speculation": found} if found else {})}}
+
+
+def speculation(ends: Sequence[Ended]) -> Json:
+    """How was drafted, by the names of `Speculation`, of every choice together; {} where nothing was."""
+    found = [end.speculation for end in ends if end.speculation is not None]
+    if not found:
+        return {}
+    whole: Json = {
+        each.name: sum(getattr(one, each.name) for one in found)
+        for each in Speculation.DESCRIPTOR.fields
+        if each.name not in {"accepted_counts", "mode"}
+    }
+    columns = zip_longest(*(one.accepted_counts for one in found), fillvalue=0)
+    modes = list(dict.fromkeys(one.mode for one in found if one.mode))
+    return whole | {"accepted_counts": [sum(column) for column in columns], "mode": ", ".join(modes)}
 
 
 @dataclass
@@ -72,7 +99,8 @@ class Answer:
 class Writer(ABC):
     """What both kinds of answers share. `logprobs`: -1 none, else how many alternatives.
 
-    `token_ids`: of the answer are wanted; `timings`: the lead's account is wanted beside the usage.
+    `token_ids`: of the answer are wanted; `timings`: the lead's account is wanted beside the usage. `local_class`: the
+    numeric class of what a device draws alone.
     """
 
     model: str
@@ -85,6 +113,7 @@ class Writer(ABC):
     whole: str = ""
     chunk: str = ""
     fingerprint: str | None = None
+    local_class: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
     identifier: str = ""
 
@@ -100,8 +129,8 @@ class Writer(ABC):
             "system_fingerprint": self.fingerprint,
         }
 
-    def _chunk(self, index: int, choice: Json) -> Json:
-        chunk = self._base(self.chunk) | {"choices": [{"index": index, **choice}]}
+    def _chunk(self, index: int, choice: Json, more: Json | None = None) -> Json:
+        chunk = self._base(self.chunk) | {"choices": [{"index": index, **choice}]} | (more or {})
         return chunk | {"usage": None} if self.include_usage else chunk
 
     def usage_chunk(self, ends: Sequence[Ended]) -> Json:
@@ -124,10 +153,19 @@ class Writer(ABC):
         """The whole response."""
         choices = [{"index": index, **self._choice(answer)} for index, answer in enumerate(answers)]
         ends = [answer.end for answer in answers if answer.end is not None]
+        self.drawn(ends)
         return self._base(self.whole) | {"choices": choices, "usage": usage(ends), **self._account(ends)}
 
+    def drawn(self, ends: Sequence[Ended]) -> None:
+        """The fingerprint is of the device's own model where that drew every token."""
+        if self.local_class and ends and all(0 < end.completion_tokens == end.local_tokens for end in ends):
+            self.fingerprint = fingerprint(self.local_class)
+
     def _account(self, ends: Sequence[Ended]) -> Json:
-        return {"timings": timings(ends)} if self.timings else {}
+        account = marks(ends)
+        if self.timings:
+            account["timings"] = timings(ends) | ({"speculation": found} if (found := speculation(ends)) else {})
+        return account
 
     @abstractmethod
     def _choice(self, answer: Answer) -> Json:
@@ -156,18 +194,19 @@ class ChatWriter(Writer):
                 self._parsers[index] = self.parser()
             events = self._parsers[index].push(delta.text)
         fields = [_fields(event) for event in events]
-        logprobs = self._logprobs(delta.tokens)
+        logprobs, more = self._logprobs(delta.tokens), _local(delta)
         if not fields and logprobs is not None:
             fields = [{}]  # the text is held, its tokens are not
         for at, field_ in enumerate(fields):
-            yield self._delta(index, field_, logprobs if at == 0 else None)
+            yield self._delta(index, field_, logprobs if at == 0 else None, more=more)
 
     def last(self, index: int, end: Ended) -> Iterable[Json]:
         """What the parser held, then the finish reason."""
         parser = self._parsers.get(index)
         for event in parser.finish() if parser is not None else ():
             yield self._delta(index, _fields(event))
-        yield self._delta(index, {}, reason=_reason(end.reason, 0 if parser is None else parser.calls))
+        reason = _reason(end.reason, 0 if parser is None else parser.calls)
+        yield self._delta(index, {}, reason=reason, more=marks([end]))
 
     def _choice(self, answer: Answer) -> Json:
         message: Json = {"role": "assistant", "content": answer.text, "refusal": None}
@@ -186,8 +225,15 @@ class ChatWriter(Writer):
             "finish_reason": _reason(answer.reason, len(calls)),
         }
 
-    def _delta(self, index: int, delta: Json, logprobs: Json | None = None, reason: str | None = None) -> Json:
-        return self._chunk(index, {"delta": delta, "logprobs": logprobs, "finish_reason": reason})
+    def _delta(
+        self,
+        index: int,
+        delta: Json,
+        logprobs: Json | None = None,
+        reason: str | None = None,
+        more: Json | None = None,
+    ) -> Json:
+        return self._chunk(index, {"delta": delta, "logprobs": logprobs, "finish_reason": reason}, more)
 
     def _logprobs(self, tokens: Sequence[Placed]) -> Json | None:
         if self.logprobs < 0:
@@ -206,6 +252,10 @@ class ChatWriter(Writer):
             "logprob": _finite(logprob),
             "bytes": list(content),
         }
+
+
+def _local(delta: Delta) -> Json:
+    return {"ganglion": {"local": True}} if delta.local else {}
 
 
 def _fields(event: Event) -> Json:
@@ -248,11 +298,11 @@ class CompletionWriter(Writer):
 
     def delta(self, index: int, delta: Delta) -> Iterable[Json]:
         """A chunk with text."""
-        return [self._text(index, delta.text, self._logprobs(delta.tokens), ids=delta.ids)]
+        return [self._text(index, delta.text, self._logprobs(delta.tokens), ids=delta.ids, more=_local(delta))]
 
     def last(self, index: int, end: Ended) -> Iterable[Json]:
         """The chunk with the finish reason."""
-        return [self._text(index, "", reason=end.reason)]
+        return [self._text(index, "", reason=end.reason, more=marks([end]))]
 
     def _choice(self, answer: Answer) -> Json:
         logprobs = self._logprobs(answer.tokens)
@@ -267,11 +317,13 @@ class CompletionWriter(Writer):
         index: int,
         text: str,
         logprobs: Json | None = None,
+        *,
         reason: str | None = None,
         ids: Sequence[int] = (),
+        more: Json | None = None,
     ) -> Json:
         choice = {"text": text, "logprobs": logprobs, "finish_reason": reason}
-        return self._chunk(index, choice | self._ids(ids))
+        return self._chunk(index, choice | self._ids(ids), more)
 
     def _logprobs(self, tokens: Sequence[Placed]) -> Json | None:
         if self.logprobs < 0:

@@ -134,6 +134,8 @@ async def _chunks(item: Numbered | None, pump: Pump, answering: Answering) -> As
         index, part = item
         if isinstance(part, Ended):
             ends.append(part)
+            if len(ends) == len(answering.requests):
+                writer.drawn(ends)
             for chunk in writer.last(index, part):
                 yield chunk
         elif isinstance(part, Delta) and (part.text or part.tokens or (writer.token_ids and part.ids)):

@@ -7,7 +7,7 @@ signed for the role agent and the label owner.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from ganglion.proto import admin_pb2, identity_pb2
@@ -57,6 +57,8 @@ class ModelFacts:
 class Route:
     """One deployment as the gateway sees it.
 
+    `drafts_for`: the model that it drafts for. `hybrid`: a drafting deployment as the way to that model, which
+    verifies; `local_class`: the numeric class of what its lead draws alone.
     `refusal` says why it is not used though the coordinator calls it ready. `context`: tokens of a session, prompt and
     answer; 0 while there is no plan. `holders`: verified piece services.
     """
@@ -72,6 +74,10 @@ class Route:
     context: int
     holders: tuple[identity_pb2.Peer, ...]
     refusal: str | None
+    drafts_for: str = ""
+    hybrid: bool = False
+    local_class: str = ""
+    lead_id: str = ""
 
     @property
     def usable(self) -> bool:
@@ -84,11 +90,23 @@ class Route:
         return self.deployment, self.epoch
 
 
+@dataclass(frozen=True)
+class _Target:
+    """What stays known of a model while it is away."""
+
+    facts: ModelFacts
+    context: int
+    holders: tuple[identity_pb2.Peer, ...]
+
+
 class Deployments:
     """The table. Invariant: the lead of a usable route is verified and has an address."""
 
-    def __init__(self, verify: Verify) -> None:
+    def __init__(self, verify: Verify, prefers: str = "") -> None:
+        """`prefers`: node id of the agent beside this gateway: what it drafts for is asked of it."""
         self._verify = verify
+        self._prefers = prefers
+        self._targets: dict[str, _Target] = {}  # what was last known of models that are drafted for
         self._facts: dict[str, ModelFacts] = {}
         self._routes: tuple[Route, ...] = ()
         self._heard = False
@@ -108,14 +126,19 @@ class Deployments:
         before = {route.key for route in self._routes if route.usable}
         routes = [self._route(state) for state in fleet.deployments]
         wanted = [route for route in routes if route.phase is not Phase.STOPPED]
+        wanted += self._hybrids(wanted)
         self._routes = tuple(sorted(wanted, key=lambda route: (route.model, route.deployment)))
         self._heard = True
         needed = {state.manifest_digest for state in fleet.deployments}
+        needed |= {target.facts.digest for target in self._targets.values()}
         self._facts = {name: facts for name, facts in self._facts.items() if name in needed}
         return frozenset(before - {route.key for route in self._routes if route.usable})
 
     def find(self, model: str) -> Route:
-        """The route for `model` with the fewest sessions; raises NotFound or Unavailable saying what is going on."""
+        """The route for `model`: by the agent beside, else that with the fewest sessions.
+
+        Raises NotFound or Unavailable saying what is going on.
+        """
         routes = [route for route in self._routes if route.model == model]
         if not routes and not self._heard:
             raise Unavailable("the gateway has not heard from the coordinator yet; try again shortly")
@@ -124,20 +147,52 @@ class Deployments:
             raise NotFound(f"no model is called {model[:128]!r}; there are: {names}", param="model")
         usable = [route for route in routes if route.usable]
         if usable:
-            return min(usable, key=lambda route: (route.sessions, route.deployment))
+            # What drafts serves its own name too, where nothing else does.
+            return min(usable, key=lambda one: (not one.hybrid, bool(one.drafts_for), one.sessions, one.deployment))
         raise Unavailable(describe(routes[0]))
 
+    def _hybrids(self, routes: Sequence[Route]) -> list[Route]:
+        """Routes to models through the agent beside this gateway, which drafts for them, also while they are away."""
+        found = []
+        names = {route.drafts_for for route in routes if route.drafts_for}
+        for target in routes:
+            if target.model in names and not target.drafts_for and target.facts is not None:
+                before = self._targets.get(target.model)
+                context = target.context or (before.context if before is not None else 0)
+                self._targets[target.model] = _Target(target.facts, context, target.holders)
+        self._targets = {name: target for name, target in self._targets.items() if name in names}
+        for route in routes:
+            if not route.drafts_for or not route.usable or not self._is_preferred(route):
+                continue
+            known = self._targets.get(route.drafts_for)
+            found.append(
+                replace(
+                    route,
+                    model=route.drafts_for,
+                    facts=known.facts if known is not None else route.facts,
+                    context=(known.context if known is not None else 0) or route.context,
+                    holders=(*route.holders, *(known.holders if known is not None else ())),
+                    drafts_for="",
+                    hybrid=True,
+                )
+            )
+        return found
+
+    def _is_preferred(self, route: Route) -> bool:
+        return bool(self._prefers) and route.lead_id == self._prefers
+
     def _route(self, state: admin_pb2.DeploymentState) -> Route:
-        facts, context, refusal = None, 0, None
+        facts, context, refusal, numeric, lead_id = None, 0, None, "", ""
         lead = state.lead if state.HasField("lead") else None
         phase = _PHASES.get(state.phase, Phase.UNKNOWN)
         try:
             if state.manifest:
                 facts = self._facts_of(state)
             if state.plan:
-                context = from_json(Plan, state.plan, limit_bytes=PLAN_BYTES).context
+                plan = from_json(Plan, state.plan, limit_bytes=PLAN_BYTES)
+                context, numeric = plan.context, plan.numeric_class.name
             if phase is Phase.READY:
-                self._check_lead(lead)
+                lead_id = self._check_lead(lead)
                 if facts is None or not context:
                     raise InvalidDocument("the coordinator sent no manifest or no plan for it")
         except GanglionError as error:
@@ -154,6 +209,9 @@ class Deployments:
             context=context,
             holders=tuple(holder for holder in state.holders if holder.address and self._is_ours(holder)),
             refusal=refusal,
+            drafts_for=state.drafts_for,
+            lead_id=lead_id,
+            local_class=numeric if state.drafts_for else "",
         )
 
     def _facts_of(self, state: admin_pb2.DeploymentState) -> ModelFacts:
@@ -168,7 +226,8 @@ class Deployments:
         self._facts[found] = facts
         return facts
 
-    def _check_lead(self, lead: identity_pb2.Peer | None) -> None:
+    def _check_lead(self, lead: identity_pb2.Peer | None) -> str:
+        """The node id of a lead that may see tokens."""
         if lead is None or not lead.address:
             raise InvalidDocument("the coordinator named no lead that can be dialled")
         record = self._verify(lead.record)
@@ -179,6 +238,7 @@ class Deployments:
                 f"its lead {lead.name!r} is labelled {record.label.value}: text goes to devices labelled owner only "
                 f"(ganglion device trust)"
             )
+        return record.node_id
 
     def _is_ours(self, peer: identity_pb2.Peer) -> bool:
         try:

@@ -51,7 +51,8 @@ class Began:
 class Ended:
     """The answer is complete; `reason` is OpenAI's finish_reason. `cached_tokens`: of the prompt, not run again.
 
-    timings: the lead's account where it gave one.
+    timings, speculation: the lead's account where it gave one. local_tokens: of the answer, drawn by a device's own
+    model while the one that was asked was away.
     """
 
     reason: str
@@ -59,6 +60,8 @@ class Ended:
     completion_tokens: int
     cached_tokens: int
     timings: lane_pb2.Timings | None = None
+    local_tokens: int = 0
+    speculation: lane_pb2.Speculation | None = None
 
 
 Part = Began | Delta | Ended
@@ -186,7 +189,7 @@ async def _parts(
     prompt_tokens: int,
 ) -> AsyncGenerator[Part, None]:
     finished: lane_pb2.Finished | None = None
-    cached_tokens = 0
+    cached_tokens = local_tokens = 0
     async with aclosing(events):
         while finished is None and not transcript.stopped:
             event = await running.next(events)
@@ -197,7 +200,10 @@ async def _parts(
                     yield Began(event.accepted.numeric_class)
                 case "tokens":
                     cached_tokens = event.tokens.cached_tokens
-                    yield _pushed(transcript, event.tokens)
+                    before = transcript.tokens
+                    delta = _pushed(transcript, event.tokens)
+                    local_tokens += transcript.tokens - before if event.tokens.local else 0
+                    yield delta
                 case "finished":
                     finished = event.finished
                 case "failed":
@@ -208,7 +214,7 @@ async def _parts(
                     raise ProtocolViolation(f"the lead sent an event that this release does not know ({other})")
     # The session is over (a stop string cancels it) before the client reads the rest.
     if finished is None:
-        yield Ended("stop", prompt_tokens, transcript.tokens, cached_tokens)
+        yield Ended("stop", prompt_tokens, transcript.tokens, cached_tokens, local_tokens=local_tokens)
         return
     rest = transcript.finish()
     if rest.text or rest.tokens:
@@ -218,7 +224,15 @@ async def _parts(
         raise Unavailable("the lead cancelled the session")
     if finished.completion_tokens < transcript.tokens:
         raise Internal(f"the lead counts {finished.completion_tokens} tokens and sent {transcript.tokens}")
-    yield Ended(reason, prompt_tokens, finished.completion_tokens, finished.cached_tokens, finished.timings)
+    yield Ended(
+        reason,
+        prompt_tokens,
+        finished.completion_tokens,
+        finished.cached_tokens,
+        finished.timings,
+        local_tokens=max(local_tokens, finished.local_tokens),
+        speculation=finished.speculation if finished.HasField("speculation") else None,
+    )
 
 
 def _pushed(transcript: Transcript, tokens: lane_pb2.Tokens) -> Delta:
@@ -232,4 +246,4 @@ def _pushed(transcript: Transcript, tokens: lane_pb2.Tokens) -> Delta:
         delta = transcript.push(Drawn(token.id, token.logprob if token.HasField("logprob") else None, top))
         text.append(delta.text)
         placed.extend(delta.tokens)
-    return Delta("".join(text), tuple(placed), tuple(ids))
+    return Delta("".join(text), tuple(placed), tuple(ids), tokens.local)

@@ -89,6 +89,7 @@ class Common(Edge):
     guided_choice: Alternatives | None = None
     guided_grammar: Pattern | None = None
     ignore_eos: bool = False
+    away: Literal["wait", "local", "fail"] | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:

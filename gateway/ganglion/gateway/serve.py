@@ -79,11 +79,13 @@ async def run_gateway(
     host: str = "127.0.0.1",
     port: int = API_PORT,
     coordinator: str | None = None,
+    prefers: str = "",
     ready: Callable[[Listening], None] | None = None,
 ) -> None:
     """Serve the API until cancelled, then let answers finish for DRAIN_S seconds.
 
     `coordinator`: host:port of its fleet port, if not the one at which this home was enrolled. `port` 0: any free one.
+    `prefers`: node id of the agent on this device: models that it drafts for are asked through it.
     Raises Conflict (port or home in use), NotFound (home not enrolled), PermissionDenied (not a gateway's identity).
     """
     with home.lock():
@@ -95,7 +97,7 @@ async def run_gateway(
             new_key = None
             if not is_loopback(host) and not list_keys(home):
                 new_key = create_key(home, FIRST_KEY_NAME)
-            async with _parts(home, identity, coordinator or identity.coordinator) as service:
+            async with _parts(home, identity, coordinator or identity.coordinator, prefers) as service:
                 started = Listening(f"http://{join_address(host, bound)}/v1", host, bound, new_key)
                 guard = Guard(host, bound, KeyRing(home))
                 await _serve(service, guard, listener, (lambda: ready(started)) if ready else None)
@@ -115,14 +117,14 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 @contextlib.asynccontextmanager
-async def _parts(home: Home, identity: Identity, coordinator: str) -> AsyncIterator[Service]:
+async def _parts(home: Home, identity: Identity, coordinator: str, prefers: str) -> AsyncIterator[Service]:
     """Every part of a gateway but its port, running; all are ended afterwards."""
     metrics = Metrics()
     leads = LeadClients(identity)
     sessions = Sessions(leads, metrics)
     tokenizers = Tokenizers(home, identity)
     templates = TemplateRenderer()
-    deployments = Deployments(lambda record: verify_record(record, identity.owner_public_key))
+    deployments = Deployments(lambda record: verify_record(record, identity.owner_public_key), prefers)
 
     def on_fleet(fleet: admin_pb2.Fleetwide) -> None:
         sessions.end(deployments.update(fleet))

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from ganglion.gateway.answers import ChatWriter, CompletionWriter, Writer
 from ganglion.gateway.callparser import CallParser
@@ -28,6 +28,12 @@ from ganglion.proto import lane_pb2
 from ganglion.wire.errors import ContextExceeded, InvalidRequest, Unavailable, Unsupported
 
 COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
+_AWAY: Final[dict[str | None, lane_pb2.Away]] = {
+    None: lane_pb2.AWAY_UNSPECIFIED,
+    "wait": lane_pb2.AWAY_WAIT,
+    "local": lane_pb2.AWAY_LOCAL,
+    "fail": lane_pb2.AWAY_FAIL,
+}
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ class Service:
         # The template writes the special tokens itself.
         prompt = await asyncio.to_thread(tokenizer.encode, text, with_specials=False)
         writer = ChatWriter(asked.model, tokenizer, asked.wanted_logprobs, asked.include_usage)
+        writer.local_class = route.local_class
         names = [tool.function.name for tool in offered(asked)]
         shown: Mapping[int, str] = {}
         if names:
@@ -105,6 +112,7 @@ class Service:
         grammar = await self._compiler.run(partial(answer_grammar, asked))
         prompt, text = await _completion_prompt(asked, facts, tokenizer)
         writer = CompletionWriter(asked.model, tokenizer, asked.wanted_logprobs, asked.include_usage)
+        writer.local_class = route.local_class
         writer.echo = text if asked.echo else ""
         writer.token_ids, writer.timings = asked.return_token_ids, asked.return_timings
         requests = _open(
@@ -133,11 +141,12 @@ class Service:
         """Whether every wanted deployment can be used, and what is going on with each."""
         rows = []
         ready = self.deployments.heard and not self.stopping
+        alone = {route.model for route in self.deployments.routes if route.hybrid}  # they answer while it is away
         for route in self.deployments.routes:
             trouble = None if route.usable else describe(route)
             if trouble is None and route.facts is not None:
                 trouble = self.tokenizers.state(route.facts)
-            ready = ready and trouble is None
+            ready = ready and (trouble is None or route.model in alone)
             rows.append(
                 {
                     "deployment": route.deployment,
@@ -251,6 +260,8 @@ def _open(
             ),
             grammar=grammar,
             tenant=tenant,
+            away=_AWAY[asked.away] if route.hybrid else lane_pb2.AWAY_UNSPECIFIED,
+            target=route.model if route.hybrid else "",
         )
         for index in range(asked.n)
     )

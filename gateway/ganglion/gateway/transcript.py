@@ -36,11 +36,15 @@ class Placed:
 
 @dataclass(frozen=True)
 class Delta:
-    """Text and tokens that are now certain; `ids`: of what was drawn, whether or not its text is certain yet."""
+    """Text and tokens that are now certain; `ids`: of what was drawn, whether or not its text is certain yet.
+
+    local: drawn by a device's own model while the one that was asked was away.
+    """
 
     text: str
     tokens: tuple[Placed, ...]
     ids: tuple[int, ...] = ()
+    local: bool = False
 
 
 class Transcript:
