@@ -83,14 +83,16 @@ def test_the_document_of_a_deployment() -> None:
     row = views.deployment(state, {NODE: "desk", OTHER: "lap"})
     assert list(row) == [
         "model", "deployment", "epoch", "phase", "message", "manifest_digest", "numeric_class", "mode", "context",
-        "prefix_tokens", "sessions", "lead", "shards",
+        "prefix_tokens", "sessions", "lead", "shards", "drafter", "drafts_for", "drafting",
     ]  # fmt: skip
     assert (row["phase"], row["numeric_class"], row["mode"], row["lead"]) == ("ready", "fp32-exact", "tensor", "desk")
     assert row["shards"][1] == {
         "device": "lap", "node_id": OTHER, "layers": [0, 2], "heads": [1, 2], "columns": [10, 16], "vocab": [3, 4],
         "threads": 2,
     }  # fmt: skip
-    assert views.deployment_cells(row) == ["demo", "ready", "fp32-exact", "tensor", "desk, lap", "256", "1", "3", "-"]
+    assert views.deployment_cells(row) == [
+        "demo", "ready", "fp32-exact", "tensor", "desk, lap", "-", "256", "1", "3", "-",
+    ]  # fmt: skip
 
 
 def test_the_document_of_a_token() -> None:

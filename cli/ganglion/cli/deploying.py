@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 READY: Final = admin_pb2.DEPLOYMENT_PHASE_READY
 FAILED: Final = admin_pb2.DEPLOYMENT_PHASE_FAILED
 SMALL_CHECKPOINT_BYTES: Final = 256 << 20  # up to here fp32 costs neither memory nor time worth the rounding
+EARLY: Final = "early:"
 STOPPED: Final = admin_pb2.DEPLOYMENT_PHASE_STOPPED
 
 
@@ -32,6 +33,7 @@ class Wish:
     """What a person asked of a deployment; `weights` None and default options: whatever is deployed will do.
 
     block, rules: of the cut, where the format's usual block and the class's own formats are not what was asked for.
+    drafter: the model that is to guess where this one runs, as a person names it; other kinds are in the options.
     workload: what the format "auto" is chosen for; reason: why it was, once it is.
     """
 
@@ -40,6 +42,7 @@ class Wish:
     options: PlanOptions = field(default_factory=PlanOptions)
     block: int | None = None
     rules: Rules | None = None
+    drafter: str = ""
     workload: str = "chat"
     reason: str = ""
 
@@ -59,6 +62,8 @@ class Wish:
         sessions: int,
         prefix_tokens: int | None,
         private: bool,
+        drafter: str | None = None,
+        window: int = 0,
     ) -> Wish:
         """From a command's options. Raises InvalidRequest naming the option."""
         names = tuple(name.strip() for name in devices.split(",") if name.strip())
@@ -75,12 +80,15 @@ class Wish:
         document = {
             "mode": mode, "devices": names, "shares": parts, "topology": topology,
             "payload": payload, "context": context, "sessions": sessions,
-            "prefix_tokens": prefix_tokens, "private": private,
+            "prefix_tokens": prefix_tokens, "private": private, "window_tokens": window,
         }  # fmt: skip
+        known = drafter in (None, "none", "ngram") or str(drafter).startswith(EARLY)
+        document["drafter"] = ("" if drafter == "none" else drafter or "") if known else "model"
         if workload is not None and weights not in (None, "auto"):
             raise InvalidRequest(f"--for {workload} chooses the format, but --format {weights} was asked", param="for")
         weights = "auto" if workload is not None else weights
-        return cls(_format(weights), fast, _plan_options(document), workload=workload or "chat")
+        options = _plan_options(document)
+        return cls(_format(weights), fast, options, drafter="" if known else drafter or "", workload=workload or "chat")
 
     @classmethod
     def weights_only(cls, weights: str | None, *, fast: bool) -> Wish:
@@ -103,6 +111,9 @@ class Wish:
     def accepts_class(self, found: NumericClass) -> bool:
         """Whether weights in this class are what was asked for."""
         return found.exact != self.fast and self.weights in (None, found.choice)
+
+
+DRAFTER: Final = Wish(fast=True)  # a guess need not be exact: what it guesses wrongly costs time, never a token
 
 
 def weight_formats() -> tuple[str, ...]:
@@ -166,7 +177,8 @@ async def ensure_ready(root: Path, line: Admin, model: str, *, name: str | None,
             return state.model
     manifest = await manifest_for(root, line, model, found, wish)
     agent = local_agent(root)
-    await deploy(line, request_of(manifest, wish.options, agent))
+    drafter = await drafter_for(root, line, wish)
+    await deploy(line, request_of(manifest, wish.options, agent, drafter))
     return manifest.name
 
 
@@ -185,6 +197,13 @@ async def manifest_for(root: Path, line: Admin, model: str, found: Source | None
     if not here:
         raise await unknown_model(line, model)
     return max(here, key=lambda each: each.used_unix_s or 0.0).manifest
+
+
+async def drafter_for(root: Path, line: Admin, wish: Wish) -> Manifest | None:
+    """The manifest of the model that is to guess, cut unless it is; None where none was asked for."""
+    if not wish.drafter:
+        return None
+    return await manifest_for(root, line, wish.drafter, await checkpoint_of(wish.drafter), DRAFTER)
 
 
 def is_of(state: admin_pb2.DeploymentState, found: Source | None) -> bool:
@@ -207,9 +226,16 @@ async def unknown_model(line: Admin, model: str) -> NotFound:
     )
 
 
-def request_of(manifest: Manifest, options: PlanOptions, agent: LocalAgent) -> admin_pb2.DeployRequest:
-    """What the coordinator is asked."""
-    return admin_pb2.DeployRequest(manifest=to_json(manifest), options=to_json(options), holder=agent.node_id)
+def request_of(
+    manifest: Manifest, options: PlanOptions, agent: LocalAgent, drafter: Manifest | None = None
+) -> admin_pb2.DeployRequest:
+    """What the coordinator is asked; `drafter`: the model that is to guess."""
+    return admin_pb2.DeployRequest(
+        manifest=to_json(manifest),
+        options=to_json(options),
+        holder=agent.node_id,
+        drafter=to_json(drafter) if drafter is not None else b"",
+    )
 
 
 def cut(root: Path, home: Path, source: Source, *, wish: Wish) -> Manifest:

@@ -48,6 +48,8 @@ async def ps(home: HomeOption = None, as_json: JsonOption = False) -> None:
     else:
         empty = "nothing is deployed; deploy a model with: ganglion run MODEL"
         output.answer_table(views.DEPLOYMENT_COLUMNS, [views.deployment_cells(row) for row in rows], empty=empty)
+        for offer in state.refused_offers:
+            output.answer(views.refused_line(views.refused_offer(offer, names)))
 
 
 async def stop(
@@ -91,6 +93,8 @@ async def status(home: HomeOption = None, as_json: JsonOption = False) -> None:
     output.answer("")
     deployments = [views.deployment_cells(row) for row in document["deployments"]]
     output.answer_table(views.DEPLOYMENT_COLUMNS, deployments, empty="nothing is deployed")
+    for row in document["refused_offers"]:
+        output.answer(views.refused_line(row))
 
 
 async def device_ls(home: HomeOption = None, as_json: JsonOption = False) -> None:
@@ -179,6 +183,9 @@ async def token_create(
     role: Annotated[str, typer.Option("--role", help="What joins with it: agent, gateway or owner.")] = "agent",
     uses: Annotated[int, typer.Option("--uses", min=1, max=1000, help="How many devices may join with it.")] = 1,
     hours: Annotated[float, typer.Option("--hours", min=0.01, max=8760, help="Hours until it expires.")] = 24.0,
+    draft: Annotated[
+        bool, typer.Option("--draft", help="For `ganglion join --draft`: lets a gateway in beside each agent.")
+    ] = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -196,9 +203,11 @@ async def token_create(
         label=views.label_of(label),
         lifetime_s=hours * 3600,
         uses=uses,
+        gateway=draft,
     )
     async with admin(root) as line:
-        await line.register_token(admin_pb2.RegisterTokenRequest(grant=token.grant))
+        for grant in token.grants:
+            await line.register_token(admin_pb2.RegisterTokenRequest(grant=grant))
     if as_json:
         row = views.token(admin_pb2.TokenState(grant=token.allows), now_s=views.unix_now_s())
         output.answer_json({"token": token.encode(), **row})
@@ -227,12 +236,17 @@ async def token_revoke(
 ) -> None:
     """Let nobody in by this token any more; devices that joined with it stay."""
     from ganglion.cli.admin import admin
+    from ganglion.proto import identity_pb2
     from ganglion.wire.tokens import PREFIX, JoinToken
 
-    token_id = JoinToken.decode(token).allows.token_id if token.startswith(PREFIX) else token
+    token_ids = [token]
+    if token.startswith(PREFIX):
+        grants = JoinToken.decode(token).grants
+        token_ids = [identity_pb2.JoinGrant.FromString(signed.grant).token_id for signed in grants]
     async with admin(root_of(home)) as line:
-        await line.revoke_token(token_id)
-    output.step(f"revoked the token {token_id}")
+        for token_id in token_ids:
+            await line.revoke_token(token_id)
+            output.step(f"revoked the token {token_id}")
 
 
 async def _relabel(line: Any, root: Path, found: Any, label: str) -> None:

@@ -12,13 +12,17 @@ from cryptography import x509
 from ganglion.cli import output
 from ganglion.cli.owner import (
     agents_home,
+    coordinator_home,
     device_name,
     enrol_here,
     gateway_home,
+    gateways_home,
     keys_fingerprint,
     load_owner_key,
     make_root,
+    owner_home,
 )
+from ganglion.cli.serving import read_serving
 from ganglion.wire import discovery
 from ganglion.wire.certificates import Role, authority_pin
 from ganglion.wire.enrol import enrol, load_or_make_keys
@@ -88,6 +92,48 @@ async def enrolled_gateway(root: Path, token: JoinToken | None, coordinator: str
     if token is None:
         return await enrol_here(root, load_owner_key(root), role=Role.GATEWAY, name=name, home=home.path)
     return await enrol(home.identity, token=token, coordinator=coordinator, role=Role.GATEWAY, name=name)
+
+
+def check_gateway_token(root: Path, token: JoinToken | None) -> None:
+    """Raise InvalidRequest for a token that lets no gateway in, where this machine cannot vouch for one itself."""
+    if token is not None and not _owner_is_here(root):
+        _ = token.for_gateway
+
+
+async def beside_gateway(root: Path, name: str, token: JoinToken | None, coordinator: str | None) -> Enrolled:
+    """The gateway beside the agent `name`: as it is, or by the owner's key where it is here, or with `token`.
+
+    Without either it waits for the owner's approval.
+    """
+    home = Home(make_root(gateways_home(root)) / name)
+    identity = enrolled_identity(home)
+    if identity is not None and _is_of(identity, token):
+        return Enrolled(home, identity)
+    shown = f"{name}-gateway"
+    with home.lock():
+        if _owner_is_here(root):
+            identity = await enrol_here(root, load_owner_key(root), role=Role.GATEWAY, name=shown, home=home.path)
+            return Enrolled(home, identity)
+        if token is None and coordinator is None:
+            coordinator = (await discovery.find(timeout_s=DISCOVERY_S)).addresses[0]
+
+        def pending(_: str, node_id: str) -> None:
+            output.warn(f"its gateway waits for the owner's approval: ganglion device approve {node_id}")
+
+        identity = await enrol(
+            home.identity,
+            token=token.for_gateway if token is not None else None,
+            coordinator=coordinator,
+            role=Role.GATEWAY,
+            name=shown,
+            on_pending=pending,
+        )
+    return Enrolled(home, identity)
+
+
+def _owner_is_here(root: Path) -> bool:
+    """Whether the owner's key and the coordinator are of this machine and root."""
+    return (owner_home(root) / "owner.key").exists() and read_serving(coordinator_home(root)) is not None
 
 
 def enrolled_identity(home: Home) -> Identity | None:

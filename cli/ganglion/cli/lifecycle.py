@@ -13,6 +13,7 @@ from ganglion.cli.fleet import root_of
 from ganglion.cli.options import (
     BindOption,
     EnrolmentPortOption,
+    ExecutorOption,
     FleetPortOption,
     HomeOption,
     HostOption,
@@ -48,6 +49,7 @@ async def up(
     memory: MemoryOption = None,
     store: StoreOption = None,
     lanes: LanesOption = None,
+    executor: ExecutorOption = None,
     name: Annotated[
         str | None, typer.Option("--name", help="Name of this device. Default: the host name.", show_default=False)
     ] = None,
@@ -67,6 +69,7 @@ async def up(
     chosen = settings.load(
         root, os.environ, host=host, port=port, bind=bind, enrolment_port=enrolment_port,
         fleet_port=fleet_port, threads=threads, memory=memory, store=store, lanes=lanes,
+        executor=executor,
     )  # fmt: skip
     name = name or device_name()
     if detach:

@@ -254,4 +254,5 @@ async def _deployed(root: Path) -> frozenset[str] | None:
             states = (await line.fleet()).deployments
     except GanglionError:
         return None
-    return frozenset(each.manifest_digest for each in states if each.phase not in (FAILED, STOPPED))
+    used = [each for each in states if each.phase not in (FAILED, STOPPED)]
+    return frozenset(digest for each in used for digest in (each.manifest_digest, each.drafter_digest) if digest)

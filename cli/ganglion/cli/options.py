@@ -84,6 +84,15 @@ LanesOption = Annotated[
         show_default=False,
     ),
 ]
+ExecutorOption = Annotated[
+    str | None,
+    typer.Option(
+        "--executor",
+        help="What computes: ort, or torch with a device (cpu, cuda) and numbers (bf16, fp16, fp32), for example"
+        " torch:cuda:bf16; torch is an extra of its own. Default: ort.",
+        show_default=False,
+    ),
+]
 ReadyFileOption = Annotated[
     Path | None,
     typer.Option("--ready-file", help="Write a JSON with pid and addresses here once ready.", show_default=False),
@@ -109,8 +118,8 @@ ForOption = Annotated[
     str | None,
     typer.Option(
         "--for",
-        help="What --format auto chooses for: chat, one stream at a time; batch, many; draft, answers without prompts."
-        " Default: chat.",
+        help="What --format auto chooses for: chat, one stream at a time; batch, many; draft, answers without prompts;"
+        " verify, drafted tokens, of which several run at once. Default: chat.",
         show_default=False,
     ),
 ]

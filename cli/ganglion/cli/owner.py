@@ -49,6 +49,11 @@ def gateway_home(root: Path) -> Path:
     return root / "gateway"
 
 
+def gateways_home(root: Path) -> Path:
+    """The folder of the homes of gateways beside agents that draft."""
+    return root / "gateways"
+
+
 def agents_home(root: Path) -> Path:
     """The folder of the homes of the agents of this machine."""
     return root / "agents"
@@ -85,8 +90,12 @@ def mint_here(
     label: TrustLabel = TrustLabel.OWNER,
     lifetime_s: float = TOKEN_LIFETIME_S,
     uses: int = 1,
+    gateway: bool = False,
 ) -> JoinToken:
-    """A token for the coordinator that runs under `root`. Raises Unavailable when none does."""
+    """A token for the coordinator that runs under `root`; `gateway`: one may come beside each agent.
+
+    Raises Unavailable when none runs.
+    """
     serving = read_serving(coordinator_home(root))
     if serving is None:
         raise Unavailable("no coordinator runs here; start it with `ganglion up`, or name its folder with --home")
@@ -99,6 +108,7 @@ def mint_here(
         role=role,
         lifetime_s=lifetime_s,
         uses=uses,
+        gateway=gateway,
     )
 
 

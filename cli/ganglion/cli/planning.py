@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ganglion.cli import output
+from ganglion.cli.drafting_options import DrafterOption, WindowOption
 from ganglion.cli.fleet import root_of
 from ganglion.cli.options import (
     ContextOption,
@@ -53,6 +54,8 @@ async def plan(
     sessions: SessionsOption = 0,
     prefix_tokens: PrefixTokensOption = None,
     private: PrivateOption = False,
+    drafter: DrafterOption = None,
+    window: WindowOption = 0,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -60,7 +63,7 @@ async def plan(
     from ganglion.cli import views
     from ganglion.cli.admin import admin
     from ganglion.cli.choosing import decide
-    from ganglion.cli.deploying import Wish, local_agent, manifest_for, request_of
+    from ganglion.cli.deploying import Wish, drafter_for, local_agent, manifest_for, request_of
     from ganglion.cli.sourcing import checkpoint_of
     from ganglion.proto import admin_pb2
     from ganglion.wire.errors import DoesNotFit
@@ -70,6 +73,7 @@ async def plan(
     wish = Wish.of(
         weights=weights, workload=workload, fast=fast, mode=mode, devices=devices, shares=shares, topology=topology,
         payload=payload, context=context, sessions=sessions, prefix_tokens=prefix_tokens, private=private,
+        drafter=drafter, window=window,
     )  # fmt: skip
     root = root_of(home)
     async with admin(root) as line:
@@ -77,10 +81,12 @@ async def plan(
         deployed = [each for each in (await line.fleet()).deployments if model in (each.model, each.deployment)]
         if found is None and deployed:
             request = admin_pb2.DeployRequest(manifest=deployed[0].manifest, options=to_json(wish.options))
+            guessing = await drafter_for(root, line, wish)
+            request.drafter = to_json(guessing) if guessing is not None else b""
         else:
             wish = await decide(line, wish, found)
             manifest = await manifest_for(root, line, model, found, wish)
-            request = request_of(manifest, wish.options, local_agent(root))
+            request = request_of(manifest, wish.options, local_agent(root), await drafter_for(root, line, wish))
         report = from_json(PlanReport, (await line.explain(request)).report, limit_bytes=REPORT_BYTES)
     document = json.loads(to_json(report)) | ({"format_reason": wish.reason} if wish.reason else {})
     if as_json:

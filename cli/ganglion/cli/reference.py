@@ -73,6 +73,7 @@ SETTING_NOTES: Final = {
     "bandwidth": "no limit; at least `64KiB/s`",
     "piece_port": "any free one",
     "lanes": "`auto`, `grpc` or `socket`: how devices exchange while they compute",
+    "executor": "`ort`, or `torch` with a device and numbers, for example `torch:cuda:bf16`",
 }
 
 
@@ -96,6 +97,7 @@ def _settings() -> Iterator[str]:
         yield f"| `--{key.replace('_', '-')}` | `{PREFIX}{key.upper()}` | `{key}` | {shown} |\n"
     yield "| `--api` | `GANGLION_API` | | the gateway of this home |\n"
     yield "| | `GANGLION_API_KEY` | | the key that `run` and `chat` send, if any |\n"
+    yield "| | `GANGLION_VERIFIER_KEY` | | on a device that drafts: the key of its `--verifier` |\n"
     yield "| `--token` of `serve` | `GANGLION_TOKEN` | | |\n"
     yield "| `--debug` | `GANGLION_DEBUG` | | |\n"
     hub = "`HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`, `HF_TOKEN`, `HF_HUB_OFFLINE`"

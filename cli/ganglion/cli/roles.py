@@ -11,11 +11,21 @@ from typing import Annotated, Any
 import typer
 
 from ganglion.cli import output
+from ganglion.cli.drafting_options import (
+    AsOption,
+    AwayOption,
+    DraftMemoryOption,
+    DraftModeOption,
+    VerifierOption,
+    WaitOption,
+    WindowOption,
+)
 from ganglion.cli.fleet import root_of
 from ganglion.cli.options import (
     BandwidthOption,
     BindOption,
     EnrolmentPortOption,
+    ExecutorOption,
     FleetPortOption,
     HomeOption,
     HostOption,
@@ -114,6 +124,7 @@ async def serve_agent(
     bandwidth: BandwidthOption = None,
     piece_port: PiecePortOption = None,
     lanes: LanesOption = None,
+    executor: ExecutorOption = None,
     ready_file: ReadyFileOption = None,
     with_parent: WithParentOption = False,
     home: HomeOption = None,
@@ -135,6 +146,7 @@ async def serve_agent(
         bandwidth=bandwidth,
         piece_port=piece_port,
         lanes=lanes,
+        executor=executor,
     )
     decoded = JoinToken.decode(token) if token else None
     _begin(with_parent)
@@ -148,6 +160,18 @@ async def serve_gateway(
     coordinator: CoordinatorOption = None,
     host: HostOption = None,
     port: PortOption = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--name", help="The gateway beside the agent of this name. Default: the machine's own.", show_default=False
+        ),
+    ] = None,
+    prefers: Annotated[
+        str,
+        typer.Option(
+            "--prefers", help="Node id of the agent here: what it drafts for is asked through it.", show_default=False
+        ),
+    ] = "",
     ready_file: ReadyFileOption = None,
     with_parent: WithParentOption = False,
     home: HomeOption = None,
@@ -155,7 +179,10 @@ async def serve_gateway(
     """Run the gateway: the API. Enrols first with --token, or by the owner's key where that is on this machine."""
     from ganglion.cli import settings
     from ganglion.cli.joining import enrolled_gateway
+    from ganglion.cli.owner import gateway_home, gateways_home, make_root
     from ganglion.cli.running import gateway
+    from ganglion.wire.home import Home
+    from ganglion.wire.identity import Identity
     from ganglion.wire.tokens import JoinToken
 
     root = root_of(home)
@@ -163,8 +190,13 @@ async def serve_gateway(
     decoded = JoinToken.decode(token) if token else None
 
     async def main() -> None:
-        identity = await enrolled_gateway(root, decoded, coordinator)
-        await gateway(root, identity, chosen, ready_file=ready_file)
+        if name is None:
+            place = Home(gateway_home(make_root(root)))
+            identity = await enrolled_gateway(root, decoded, coordinator)
+        else:
+            place = Home(gateways_home(make_root(root)) / name)
+            identity = Identity.load(place.identity)
+        await gateway(root, place, identity, chosen, prefers=prefers, ready_file=ready_file)
 
     _begin(with_parent)
     return await until_stopped(main())
@@ -183,12 +215,36 @@ async def join(
     bandwidth: BandwidthOption = None,
     piece_port: PiecePortOption = None,
     lanes: LanesOption = None,
+    draft: Annotated[
+        bool,
+        typer.Option(
+            "--draft", help="Draft here for the models that are deployed, and serve them at an API of its own."
+        ),
+    ] = False,
+    drafter: Annotated[
+        str, typer.Option("--drafter", help="The model to draft with; it must have their tokenizer.")
+    ] = "demo-drafter",
+    draft_mode: DraftModeOption = "auto",
+    away: AwayOption = "wait",
+    wait_s: WaitOption = 60.0,
+    window: WindowOption = 0,
+    draft_memory: DraftMemoryOption = None,
+    verifier: VerifierOption = None,
+    as_name: AsOption = None,
+    host: HostOption = None,
+    port: PortOption = None,
+    executor: ExecutorOption = None,
     ready_file: ReadyFileOption = None,
     with_parent: WithParentOption = False,
     home: HomeOption = None,
 ) -> int:
-    """Make this machine a device and run its agent until Ctrl-C. Without a token it waits for the owner's approval."""
+    """Make this machine a device and run its agent until Ctrl-C. Without a token it waits for the owner's approval.
+
+    With --draft it also drafts: a small model here guesses, a large one elsewhere verifies, and the API of this device
+    gives exactly what the large one would have said.
+    """
     from ganglion.cli import settings
+    from ganglion.cli.drafting import Joining, drafting_of, join_and_draft
     from ganglion.cli.joining import enrolled_agent
     from ganglion.cli.running import agent
     from ganglion.wire.tokens import JoinToken
@@ -204,9 +260,18 @@ async def join(
         bandwidth=bandwidth,
         piece_port=piece_port,
         lanes=lanes,
+        host=host,
+        port=port,
+        executor=executor,
     )
     decoded = JoinToken.decode(token) if token else None
     _begin(with_parent, quiet=sys.stderr.isatty())
+    if draft or verifier is not None:
+        drafting = drafting_of(
+            mode=draft_mode, away=away, wait_s=wait_s, window=window, memory=draft_memory, url=verifier, name=as_name
+        )
+        asked = Joining(name, decoded, coordinator, drafter, drafting, ready_file)
+        return await until_stopped(join_and_draft(root, chosen, asked))
 
     async def joined(*arguments: Any, **options: Any) -> Any:
         return await enrolled_agent(*arguments, **options, may_wait=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cryptography import x509
 
@@ -11,7 +13,7 @@ from ganglion.cli import output
 from ganglion.cli.admin import coordinator_address
 from ganglion.cli.joining import Enrolled
 from ganglion.cli.output import human_bytes
-from ganglion.cli.owner import coordinator_home, gateway_home, reachable_hosts
+from ganglion.cli.owner import coordinator_home, reachable_hosts
 from ganglion.cli.serving import read_serving, serving
 from ganglion.cli.settings import Settings
 from ganglion.wire.address import join_address
@@ -19,6 +21,10 @@ from ganglion.wire.certificates import authority_pin
 from ganglion.wire.home import Home
 from ganglion.wire.identity import Identity
 from ganglion.wire.nouns import DeviceProfile
+
+if TYPE_CHECKING:
+    from ganglion.agent.supervisor import OnAnswer
+    from ganglion.agent.supervisor_messages import Offer
 
 
 async def coordinator(
@@ -52,8 +58,17 @@ async def coordinator(
         )
 
 
-async def agent(root: Path, enrolled: Enrolled, chosen: Settings, *, ready_file: Path | None) -> None:
-    """An agent until cancelled."""
+async def agent(
+    root: Path,
+    enrolled: Enrolled,
+    chosen: Settings,
+    *,
+    ready_file: Path | None,
+    offer: Offer | None = None,
+    on_answer: OnAnswer | None = None,
+    about: Mapping[str, str] | None = None,
+) -> None:
+    """An agent until cancelled. `offer`: to draft, and `on_answer` what came of it. `about`: for others here."""
     from ganglion.agent.supervisor import AgentReady, run_agent
 
     home = enrolled.home
@@ -64,7 +79,7 @@ async def agent(root: Path, enrolled: Enrolled, chosen: Settings, *, ready_file:
             summary = summary_of(it.profile)
             announce(
                 {"role": "agent", "name": identity.name, "node_id": identity.node_id, "address": it.piece_address}
-                | {"summary": summary}
+                | {"summary": summary, **(about or {})}
             )
             output.step(f"{identity.name} is a device: {summary}")
 
@@ -77,6 +92,9 @@ async def agent(root: Path, enrolled: Enrolled, chosen: Settings, *, ready_file:
             piece_port=chosen.piece_port,
             bandwidth_bytes_per_s=chosen.bandwidth or 0,
             lanes=chosen.lanes,
+            offer=offer,
+            on_answer=on_answer,
+            executor=chosen.executor,
             ready=ready,
         )
 
@@ -103,11 +121,12 @@ def where_it_is_now(root: Path, home: Home, identity: Identity) -> Identity:
     return moved
 
 
-async def gateway(root: Path, identity: Identity, chosen: Settings, *, ready_file: Path | None) -> None:
-    """The gateway until cancelled."""
+async def gateway(
+    root: Path, home: Home, identity: Identity, chosen: Settings, *, prefers: str, ready_file: Path | None
+) -> None:
+    """A gateway until cancelled; `prefers`: node id of the agent beside it."""
     from ganglion.gateway.serve import Listening, run_gateway
 
-    home = Home(gateway_home(root))
     identity = where_it_is_now(root, home, identity)
     with serving(home.path, ready_file=ready_file) as announce:
 
@@ -118,4 +137,4 @@ async def gateway(root: Path, identity: Identity, chosen: Settings, *, ready_fil
             if listening.new_key is not None:
                 output.say(f"  API key, shown once: {listening.new_key}")
 
-        await run_gateway(home, host=chosen.host, port=chosen.port, ready=ready)
+        await run_gateway(home, host=chosen.host, port=chosen.port, prefers=prefers, ready=ready)

@@ -68,6 +68,7 @@ class Settings(BaseModel):
     bandwidth: Rate | None = None
     piece_port: Port = 0
     lanes: Literal["auto", "grpc", "socket"] = "auto"
+    executor: Annotated[str, Field(pattern=r"^(ort|torch(:(cpu|cuda))?(:(bf16|fp16|fp32))?)$")] = "ort"
 
 
 def load(root: Path, environment: Mapping[str, str], **flags: Any) -> Settings:

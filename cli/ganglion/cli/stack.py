@@ -13,7 +13,7 @@ from ganglion.cli.owner import agents_home, enrol_here, ensure_owner_key, gatewa
 from ganglion.cli.processes import Child, RestartPolicy
 from ganglion.cli.settings import Settings
 from ganglion.wire.certificates import Role
-from ganglion.wire.errors import Unavailable
+from ganglion.wire.errors import GanglionError, Unavailable
 from ganglion.wire.home import Home, make_private_folder
 
 LOGS: Final = "log"
@@ -27,6 +27,32 @@ def _import_deploying(*, cutting: bool) -> None:
         import ganglion.partitioner.cut  # noqa: F401
 
 
+def first_error(errors: BaseExceptionGroup[GanglionError]) -> GanglionError:
+    """The first of a group that tasks ended with."""
+    first = errors.exceptions[0]
+    return first_error(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+async def keep(child: Child) -> None:
+    """Restart what dies, with growing pauses; raises Unavailable when it dies too often."""
+    policy = RestartPolicy()
+    while True:
+        code = await child.wait()
+        output.warn(f"the {child.role} ended unexpectedly with exit code {code}; {child.last_words()}")
+        pause_s = policy.died(time.monotonic())
+        while True:
+            if pause_s is None:
+                raise Unavailable(f"the {child.role} dies again and again; its log is {child.log}")
+            output.doing(f"starting the {child.role} again in {pause_s:.0f} s")
+            await asyncio.sleep(pause_s)
+            with contextlib.suppress(Unavailable):
+                await child.stop()
+                await child.start()
+                output.step(f"the {child.role} runs again")
+                break
+            pause_s = policy.died(time.monotonic())
+
+
 class Stack:
     """The three roles of one machine. `start`, then `watch` until it raises or is cancelled, then always `stop`."""
 
@@ -36,6 +62,7 @@ class Stack:
         self.name = name
         self.api = ""
         self._mdns = mdns
+        self._agent_id = ""
         self._children: list[Child] = []
 
     async def start(self) -> None:
@@ -54,6 +81,7 @@ class Stack:
             )
             await owner_identity(self.root)
             agent = await enrol_here(self.root, key, role=Role.AGENT, name=name, home=home.path)
+            self._agent_id = agent.node_id
             output.doing(f"agent {agent.name}: measuring this machine")
             await enrol_here(self.root, key, role=Role.GATEWAY, name=f"{name}-gateway", home=gateway_home(self.root))
             await measuring
@@ -74,7 +102,7 @@ class Stack:
         """Restart what dies, with growing pauses; raises Unavailable when one dies too often."""
         async with asyncio.TaskGroup() as group:
             for child in self._children:
-                group.create_task(self._keep(child))
+                group.create_task(keep(child))
 
     async def stop(self) -> None:
         """Stop what runs, the gateway first, so that no request meets half a system."""
@@ -109,24 +137,6 @@ class Stack:
         self._children.append(child)
         return await child.start()
 
-    async def _keep(self, child: Child) -> None:
-        policy = RestartPolicy()
-        while True:
-            code = await child.wait()
-            output.warn(f"the {child.role} ended unexpectedly with exit code {code}; {child.last_words()}")
-            pause_s = policy.died(time.monotonic())
-            while True:
-                if pause_s is None:
-                    raise Unavailable(f"the {child.role} dies again and again; its log is {child.log}")
-                output.doing(f"starting the {child.role} again in {pause_s:.0f} s")
-                await asyncio.sleep(pause_s)
-                with contextlib.suppress(Unavailable):
-                    await child.stop()
-                    await child.start()
-                    output.step(f"the {child.role} runs again")
-                    break
-                pause_s = policy.died(time.monotonic())
-
     def _common(self) -> list[str]:
         return ["--home", str(self.root)]
 
@@ -144,7 +154,10 @@ class Stack:
             arguments += ["--memory", str(chosen.memory)]
         if chosen.store is not None:
             arguments += ["--store", str(chosen.store)]
+        if chosen.executor != "ort":
+            arguments += ["--executor", chosen.executor]
         return arguments
 
     def _gateway_arguments(self) -> list[str]:
-        return [*self._common(), "--host", self.chosen.host, "--port", str(self.chosen.port)]
+        address = ["--host", self.chosen.host, "--port", str(self.chosen.port)]
+        return [*self._common(), *address, "--prefers", self._agent_id]

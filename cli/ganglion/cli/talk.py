@@ -9,6 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from ganglion.cli import output
+from ganglion.cli.drafting_options import (
+    AsOption,
+    AwayOption,
+    DrafterOption,
+    DraftMemoryOption,
+    DraftModeOption,
+    VerifierOption,
+    WaitOption,
+    WindowOption,
+)
 from ganglion.cli.fleet import root_of
 from ganglion.cli.options import (
     ApiOption,
@@ -74,22 +84,57 @@ async def run(
     sessions: SessionsOption = 0,
     prefix_tokens: PrefixTokensOption = None,
     private: PrivateOption = False,
+    drafter: DrafterOption = None,
+    window: WindowOption = 0,
+    draft: Annotated[
+        str | None,
+        typer.Option("--draft", help="Have a device draft for this model with this other one.", show_default=False),
+    ] = None,
+    draft_on: Annotated[
+        str, typer.Option("--draft-on", help="Which device drafts. Default: the agent here.", show_default=False)
+    ] = "",
+    draft_mode: DraftModeOption = "auto",
+    away: AwayOption = "wait",
+    wait_s: WaitOption = 60.0,
+    draft_memory: DraftMemoryOption = None,
+    verifier: VerifierOption = None,
+    as_name: AsOption = None,
     api: ApiOption = None,
     home: HomeOption = None,
 ) -> None:
-    """Deploy a model unless it is ready, and complete a prompt with it: the answer alone on standard output."""
+    """Deploy a model unless it is ready, and complete a prompt with it: the answer alone on standard output.
+
+    With --verifier the model drafts for the one behind that URL, which answers under the name of --as.
+    """
     from ganglion.cli.admin import admin
     from ganglion.cli.api import require_api
     from ganglion.cli.deploying import Wish, ensure_ready
+    from ganglion.cli.drafting import deploy_drafter, drafting_for, drafting_of
+    from ganglion.wire.errors import InvalidRequest
 
     text = sys.stdin.read() if prompt == "-" else prompt
     root = root_of(home)
     wish = Wish.of(
         weights=weights, workload=workload, fast=fast, mode=mode, devices=devices, shares=shares, topology=topology,
         payload=payload, context=context, sessions=sessions, prefix_tokens=prefix_tokens, private=private,
+        drafter=drafter, window=window,
     )  # fmt: skip
+    drafting = drafting_of(
+        mode=draft_mode, away=away, wait_s=wait_s, window=window, memory=draft_memory, url=verifier, name=as_name
+    )
+    if draft is not None and verifier is not None:
+        raise InvalidRequest(
+            "--draft drafts for a model here, --verifier for one behind an API: give one", param="draft"
+        )
     async with admin(root) as line:
-        deployed = await ensure_ready(root, line, model, name=name, wish=wish)
+        if as_name is not None:
+            await deploy_drafter(root, line, model, drafting, device=draft_on)
+            deployed = as_name
+        else:
+            deployed = await ensure_ready(root, line, model, name=name, wish=wish)
+        if draft is not None:
+            by = await deploy_drafter(root, line, draft, drafting_for(deployed, drafting), device=draft_on)
+            output.step(f"{by} drafts for {deployed}")
     if text is None:
         output.say(f'{deployed} is ready; ask it with: ganglion run {deployed} "…"')
         return

@@ -12,7 +12,7 @@ from ganglion.cli.admin import Admin, admin
 from ganglion.cli.owner import load_owner_key, make_root, mint_here, owner_home
 from ganglion.cli.serving import Announce, read_serving, serving
 from ganglion.cli.settings import Settings
-from ganglion.cli.stack import Stack
+from ganglion.cli.stack import Stack, first_error
 from ganglion.proto import admin_pb2
 from ganglion.wire.errors import Conflict, GanglionError, Unavailable
 from ganglion.wire.home import Home
@@ -37,7 +37,7 @@ async def run_here(root: Path, chosen: Settings, *, name: str, demo: bool, mdns:
                 group.create_task(_serve_owner(root, stack, announce, demo=demo))
                 await watching
         except* GanglionError as errors:
-            raise _first(errors) from None
+            raise first_error(errors) from None
         finally:
             await asyncio.shield(stack.stop())
 
@@ -51,11 +51,6 @@ def refuse_second(root: Path) -> None:
             f"Ganglion is already up on {root} (process {running['pid']}{where}); "
             "`ganglion status` shows it, `ganglion down` ends it, --home DIR makes another"
         )
-
-
-def _first(errors: BaseExceptionGroup[GanglionError]) -> GanglionError:
-    first = errors.exceptions[0]
-    return _first(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 async def _serve_owner(root: Path, stack: Stack, announce: Announce, *, demo: bool) -> None:
@@ -126,4 +121,5 @@ async def _offer(root: Path, line: Admin) -> None:
     await line.register_token(admin_pb2.RegisterTokenRequest(grant=token.grant))
     output.say("  join     on another machine, or in another terminal (one device, 24 hours):")
     output.say(f"             ganglion join {token.encode()}")
+    output.say("  draft    a device that drafts: ganglion token create --draft, and there: ganglion join --draft TOKEN")
     output.say("")

@@ -16,12 +16,12 @@ from ganglion.proto import admin_pb2
 from ganglion.wire.certificates import Role, TrustLabel
 from ganglion.wire.errors import InvalidRequest, NotFound
 from ganglion.wire.limits import ADVERT_BYTES, MANIFEST_BYTES, PLAN_BYTES
-from ganglion.wire.nouns import DeviceProfile, Manifest, Plan, from_json
+from ganglion.wire.nouns import DeviceProfile, Drafter, Drafting, Manifest, Plan, from_json
 
 ROLE_AGENT = Role.AGENT.number
 
 DEVICE_COLUMNS = ("NAME", "STATE", "LABEL", "ROLE", "THREADS", "MEMORY", "ADDRESS", "SEEN", "NODE")
-DEPLOYMENT_COLUMNS = ("MODEL", "STATE", "CLASS", "MODE", "DEVICES", "CONTEXT", "SESSIONS", "EPOCH", "MESSAGE")
+DEPLOYMENT_COLUMNS = ("MODEL", "STATE", "CLASS", "MODE", "DEVICES", "DRAFT", "CONTEXT", "SESSIONS", "EPOCH", "MESSAGE")
 TOKEN_COLUMNS = ("TOKEN", "STATE", "LABEL", "ROLE", "USED", "EXPIRES")
 CANDIDATE_COLUMNS = ("", "MODE", "DEVICES", "MS/TOKEN", "COMPUTE", "EXCHANGE", "MEMORY", "WHY")
 
@@ -80,6 +80,9 @@ def deployment(state: admin_pb2.DeploymentState, names: dict[str, str]) -> dict[
         "sessions": state.sessions,
         "lead": names.get(plan.lead, plan.lead) if plan else None,
         "shards": _shards(plan, names) if plan else [],
+        "drafter": _drafter(plan.drafter, state) if plan and plan.drafter and not plan.drafting else None,
+        "drafts_for": state.drafts_for or None,
+        "drafting": _drafting(plan.drafting) if plan and plan.drafting else None,
     }
 
 
@@ -91,11 +94,64 @@ def deployment_cells(row: dict[str, Any]) -> list[str]:
         _cell(row["numeric_class"]),
         _cell(row["mode"]),
         ", ".join(shard["device"] for shard in row["shards"]) or "-",
+        _draft_cell(row),
         _cell(row["context"]),
         str(row["sessions"]),
         str(row["epoch"]),
         row["message"] or "-",
     ]
+
+
+def _drafter(drafter: Drafter, state: admin_pb2.DeploymentState) -> dict[str, Any]:
+    return {
+        "kind": drafter.kind,
+        "model": state.drafter or None,
+        "manifest_digest": drafter.manifest_digest or None,
+        "layers": drafter.layers or None,
+        "slots": drafter.slots or None,
+        "context": drafter.context or None,
+        "window_tokens": drafter.window_tokens or None,
+    }
+
+
+def _drafting(drafting: Drafting) -> dict[str, Any]:
+    return {
+        "mode": drafting.mode,
+        "away": drafting.away,
+        "wait_s": drafting.wait_s,
+        "window_tokens": drafting.window_tokens or None,
+        "memory_bytes": drafting.memory_bytes or None,
+        "url": drafting.url or None,
+        "offered": drafting.offered,
+    }
+
+
+def _draft_cell(row: dict[str, Any]) -> str:
+    """What guesses here, or for whom this guesses and how."""
+    if row["drafts_for"]:
+        mode = f" ({row['drafting']['mode']})" if row["drafting"] else ""
+        return f"for {row['drafts_for']}{mode}"
+    drafter = row["drafter"]
+    if drafter is None:
+        return "-"
+    kinds = {"ngram": "ngram", "early": f"early:{drafter['layers']}", "model": drafter["model"]}
+    return _cell(kinds[drafter["kind"]])
+
+
+def refused_offer(offer: admin_pb2.RefusedOffer, names: dict[str, str]) -> dict[str, Any]:
+    """A device that would draft and does not, as a document."""
+    return {
+        "device": names.get(offer.node_id, offer.node_id),
+        "model": offer.model,
+        "drafts_for": offer.target or None,
+        "reason": offer.reason,
+    }
+
+
+def refused_line(row: dict[str, Any]) -> str:
+    """The same as a line."""
+    target = f" for {row['drafts_for']}" if row["drafts_for"] else ""
+    return f"{row['device']} does not draft{target} with {row['model']}: {row['reason']}"
 
 
 def token(state: admin_pb2.TokenState, *, now_s: float) -> dict[str, Any]:
@@ -151,6 +207,7 @@ def fleet(state: admin_pb2.Fleetwide, *, api: str | None, coordinator: str) -> d
         "devices": [row for row in devices if row["role"] == "agent"],
         "deployments": [deployment(each, names) for each in state.deployments],
         "tokens_unused": state.tokens_unused,
+        "refused_offers": [refused_offer(each, names) for each in state.refused_offers],
     }
 
 

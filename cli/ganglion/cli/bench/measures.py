@@ -14,7 +14,8 @@ from ganglion.wire.errors import InvalidRequest
 
 MEASURES: Final = ("decode", "prefill", "concurrent", "arrivals", "second-turn", "memory")
 SHARED: Final = ("decode", "prefill")  # what competitors are measured by too
-PARTS: Final = ("queue_s", "compute_s", "exchange_s", "seal_s", "sample_s", "other_s", "wall_s")  # by the lead
+# By the lead.
+PARTS: Final = ("queue_s", "compute_s", "exchange_s", "seal_s", "sample_s", "draft_s", "other_s", "wall_s")
 SHORT: Final = 8  # tokens of the prompt before tokens are counted
 ADDED: Final = 16  # tokens that a second turn adds
 QUIET: Final = 16  # tokens of a running stream before prompts arrive
