@@ -1,8 +1,10 @@
 """Two network namespaces joined by a switch in user space; `python bench/link.py --delay-ms 0.2` checks one.
 
 The kernel's netem is not everywhere. Here each namespace has a TAP device, and a process of ours carries frames from
-one to the other: each waits for the line to be free, takes its length over the rate, and arrives the delay later. It
-needs root and /dev/net/tun (Linux), and a part of a core: where all cores compute, it adds to what it delays.
+one to the other: each waits for the line to be free, takes its length over the rate, and arrives the delay later. With
+jitter the delay of each frame is drawn from delay ± jitter, and frames keep their order; with loss each frame is
+dropped with that probability, whatever its length. Both are drawn from a seed. It needs root and /dev/net/tun (Linux),
+and a part of a core: where all cores compute, it adds to what it delays.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import argparse
 import ctypes
 import fcntl
 import os
+import random
 import select
 import socket
 import statistics
@@ -43,11 +46,15 @@ while data := peer.recv(1 << 16):
 class Link:
     """Use as a context manager: `command(0)` and `command(1)` begin a command line in either namespace.
 
-    `delay_s`: one way. `bytes_per_s`: of each direction. Raises SystemExit saying what is missing.
+    `delay_s`: one way, `jitter_s` either side of it. `bytes_per_s`: of each direction. `loss`: 0 to 1, of frames.
+    Raises SystemExit saying what is missing.
     """
 
-    def __init__(self, delay_s: float, bytes_per_s: float) -> None:
+    def __init__(
+        self, delay_s: float, bytes_per_s: float, *, jitter_s: float = 0.0, loss: float = 0.0, seed: int = 1
+    ) -> None:
         self.delay_s, self.bytes_per_s = delay_s, bytes_per_s
+        self.jitter_s, self.loss, self.seed = jitter_s, loss, seed
         self.names = tuple(f"ganglion-{os.getpid()}-{end}" for end in "ab")
         self._switch: subprocess.Popen[str] | None = None
 
@@ -60,6 +67,7 @@ class Link:
             # -u: it says when both devices are there.
             command = [sys.executable, "-u", __file__, "--switch", *self.names]
             figures = ["--delay-ms", str(self.delay_s * 1e3), "--mbit", str(self.bytes_per_s * 8e-6)]
+            figures += ["--jitter-ms", str(self.jitter_s * 1e3), "--loss", str(self.loss), "--seed", str(self.seed)]
             self._switch = subprocess.Popen([*command, *figures], stdout=subprocess.PIPE, text=True)
             if self._switch.stdout is None or self._switch.stdout.readline() != "ready\n":
                 raise SystemExit("bench/link.py: the switch did not begin")
@@ -89,8 +97,21 @@ class Link:
         """Move this thread, and what it starts from now on, to an end."""
         _enter(self.names[end])
 
+    def retransmitted(self) -> tuple[int, int]:
+        """TCP segments that both ends have sent, and how many of them again."""
+        sent = again = 0
+        for end in range(2):
+            lines = [line.split() for line in _run(*self.command(end), "cat", "/proc/net/snmp").splitlines()]
+            names, figures = (line for line in lines if line[0] == "Tcp:")
+            found = dict(zip(names[1:], figures[1:], strict=True))
+            sent, again = sent + int(found["OutSegs"]), again + int(found["RetransSegs"])
+        return sent, again
+
     def measure(self, port: int = 5999) -> dict[str, float]:
-        """Round trips of 64 B and 8 KiB in ms, medians of 50, and Mbit/s of 8 MiB there and back; from end 0."""
+        """Round trips from end 0 in ms, of 50 each, and Mbit/s of 8 MiB there and back.
+
+        rtt_64_ms, rtt_8192_ms: medians, of so many bytes; rtt_low_ms, rtt_high_ms: the 5th and 95th hundredth of 64 B.
+        """
         command = [*self.command(1), sys.executable, "-c", ECHO, ADDRESSES[1], str(port)]
         code = (
             "import sys; sys.path.insert(0, sys.argv[1]); import link; print(link.trips(sys.argv[2], int(sys.argv[3])))"
@@ -103,15 +124,15 @@ class Link:
                 said = _run(*self.command(0), *here)
             finally:
                 server.kill()
-        small, large, mbit = map(float, said.strip().strip("()").split(","))
-        return {"rtt_64_ms": small, "rtt_8192_ms": large, "mbit_each_way": mbit}
+        names = ("rtt_low_ms", "rtt_64_ms", "rtt_high_ms", "rtt_8192_ms", "mbit_each_way")
+        return dict(zip(names, map(float, said.strip().strip("()").split(",")), strict=True))
 
 
-def trips(host: str, port: int) -> tuple[float, float, float]:
+def trips(host: str, port: int) -> tuple[float, float, float, float, float]:
     """What `Link.measure` says."""
     with socket.create_connection((host, port)) as peer:
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        small, large = (_trip_ms(peer, size) for size in (64, 8192))
+        small, large = (_trips_ms(peer, size) for size in (64, 8192))
         size, sent, got, started = 8 << 20, 0, 0, time.perf_counter()
         peer.setblocking(False)
         block = bytes(1 << 16)
@@ -121,10 +142,11 @@ def trips(host: str, port: int) -> tuple[float, float, float]:
                 got += len(peer.recv(1 << 16))
             if writable:
                 sent += peer.send(block[: size - sent])
-        return small, large, size * 8e-6 / (time.perf_counter() - started)
+        mbit = size * 8e-6 / (time.perf_counter() - started)
+    return small[2], statistics.median(small), small[-3], statistics.median(large), mbit
 
 
-def _trip_ms(peer: socket.socket, size: int) -> float:
+def _trips_ms(peer: socket.socket, size: int) -> list[float]:
     taken = []
     for _ in range(55):
         started, got = time.perf_counter(), 0
@@ -132,7 +154,7 @@ def _trip_ms(peer: socket.socket, size: int) -> float:
         while got < size:
             got += len(peer.recv(1 << 16))
         taken.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(taken[5:])
+    return sorted(taken[5:])
 
 
 def _run(*command: str) -> str:
@@ -158,11 +180,13 @@ def _tap(name: str) -> int:
 
 
 class _Line:
-    """One direction: when a frame that comes now arrives. Pure but for the device that it writes to."""
+    """One direction: when a frame that comes now arrives, if it does. Pure but for the device that it writes to."""
 
-    def __init__(self, into: int, delay_s: float, bytes_per_s: float) -> None:
-        self._into, self._delay_s, self._bytes_per_s = into, delay_s, bytes_per_s
-        self._free_s = 0.0
+    def __init__(self, into: int, chosen: argparse.Namespace, seed: int) -> None:
+        self._into, self._bytes_per_s = into, chosen.mbit * 125e3
+        self._delay_s, self._jitter_s, self._loss = chosen.delay_ms / 1e3, chosen.jitter_ms / 1e3, chosen.loss
+        self._random = random.Random(seed)
+        self._free_s = self._last_s = 0.0
         self._held = 0
         self._frames: deque[tuple[float, bytes]] = deque()
 
@@ -170,8 +194,14 @@ class _Line:
         if self._held + len(frame) > QUEUED_BYTES:
             return
         self._free_s = max(self._free_s, now_s) + len(frame) / self._bytes_per_s
+        if self._loss and self._random.random() < self._loss:
+            return
+        due_s = self._free_s + self._delay_s
+        if self._jitter_s:
+            due_s += self._random.uniform(-self._jitter_s, self._jitter_s)
+        self._last_s = max(self._last_s, due_s)  # none overtakes another
         self._held += len(frame)
-        self._frames.append((self._free_s + self._delay_s, frame))
+        self._frames.append((self._last_s, frame))
 
     @property
     def due_s(self) -> float:
@@ -187,13 +217,13 @@ class _Line:
                 continue
 
 
-def switch(names: list[str], delay_s: float, bytes_per_s: float) -> None:
+def switch(names: list[str], chosen: argparse.Namespace) -> None:
     """Carry frames until killed."""
     library = ctypes.CDLL(None)
     library.prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
     library.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
     devices = [_tap(name) for name in names]
-    lines = {devices[0]: _Line(devices[1], delay_s, bytes_per_s), devices[1]: _Line(devices[0], delay_s, bytes_per_s)}
+    lines = {devices[end]: _Line(devices[1 - end], chosen, 2 * chosen.seed + end) for end in range(2)}
     print("ready")
     while True:
         wait_s = min(line.due_s for line in lines.values()) - time.monotonic()
@@ -214,16 +244,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--delay-ms", type=float, default=0.2, help="one way")
     parser.add_argument("--mbit", type=float, default=1000.0, help="Mbit/s of each direction")
+    parser.add_argument("--jitter-ms", type=float, default=0.0, help="either side of the delay, at most the delay")
+    parser.add_argument("--loss", type=float, default=0.0, help="0 to 1: the part of the frames that is dropped")
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--switch", nargs=2, metavar="NAMESPACE", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    if not 0 <= chosen.jitter_ms <= chosen.delay_ms or not 0 <= chosen.loss < 1:
+        parser.error("--jitter-ms is at most --delay-ms, --loss is below 1")
     if chosen.switch:
-        switch(chosen.switch, chosen.delay_ms / 1e3, chosen.mbit * 125e3)
+        switch(chosen.switch, chosen)
         return
-    with Link(chosen.delay_ms / 1e3, chosen.mbit * 125e3) as link:
+    how = {"jitter_s": chosen.jitter_ms / 1e3, "loss": chosen.loss, "seed": chosen.seed}
+    with Link(chosen.delay_ms / 1e3, chosen.mbit * 125e3, **how) as link:
         found = link.measure()
-    print(f"asked: {2 * chosen.delay_ms:g} ms there and back at {chosen.mbit:g} Mbit/s")
-    trips_ms = f"{found['rtt_64_ms']:.2f} ms of 64 B, {found['rtt_8192_ms']:.2f} ms of 8 KiB"
-    print(f"found: {trips_ms}, {found['mbit_each_way']:.0f} Mbit/s each way")
+        sent, again = link.retransmitted()
+    asked = f"{2 * chosen.delay_ms:g} ms there and back at {chosen.mbit:g} Mbit/s"
+    print(f"asked: {asked}, ± {chosen.jitter_ms:g} ms each way, {chosen.loss:.1%} lost")
+    spread = f"{found['rtt_low_ms']:.2f} to {found['rtt_high_ms']:.2f}"
+    trips_ms = f"{found['rtt_64_ms']:.2f} ms ({spread}) of 64 B, {found['rtt_8192_ms']:.2f} ms of 8 KiB"
+    print(f"found: {trips_ms}, {found['mbit_each_way']:.0f} Mbit/s each way; TCP sent {sent} segments, {again} again")
 
 
 if __name__ == "__main__":

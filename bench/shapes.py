@@ -16,6 +16,10 @@ SHAPES: dict[str, dict[str, int]] = {
         "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
         "head_dim": 64, "intermediate_size": 8192, "vocab_size": 128256, "max_position_embeddings": 131072,
     },
+    "llama-160m": {
+        "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 12,
+        "head_dim": 64, "intermediate_size": 3072, "vocab_size": 32000, "max_position_embeddings": 2048,
+    },
     "tiny": {
         "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
         "head_dim": 32, "intermediate_size": 1024, "vocab_size": 2048, "max_position_embeddings": 2048,
