@@ -100,6 +100,24 @@ class Told:
         return {"ids": self.ids, "at_s": self.at_s, "counts": self.counts, **self.finished}
 
 
+def turned(engine: DraftEngine, how: str) -> DraftEngine:
+    """The engine, or one that guesses at random, or one whose first guess is its second: it changes times, no token."""
+    computed = engine.step
+
+    def other(tokens: tuple[int, ...], at: int) -> tuple[int, ...]:
+        if how == "random":
+            return tuple((token * 31 + at * 17) % engine.vocab for token in tokens[:1])
+        return (*tokens[1:2], *tokens[:1], *tokens[2:])
+
+    def step(asks: Sequence[Ask]) -> list[Guess]:
+        pairs = zip(computed(asks), asks, strict=True)
+        return [replace(one, tokens=other(one.tokens, len(ask.tokens))) for one, ask in pairs]
+
+    if how != "good":
+        engine.step = step  # type: ignore[method-assign]
+    return engine
+
+
 class Device:
     """One device: the verifier as it knows it, and its drafter."""
 
@@ -122,7 +140,7 @@ class Device:
             setup["context"],
             frozenset(manifest.eos_ids) if setup["stops"] else frozenset(),
         )
-        engine = drafter_of(setup, slots=8, number=number)
+        engine = turned(drafter_of(setup, slots=8, number=number), setup["drafts"])
         self.hybrid = Hybrid(engine, lambda: self._verifier, None, target)
         self.hybrid._pool = PaddedPool(engine, setup)
         self._window = setup["window"]

@@ -127,21 +127,22 @@ class Line:
 
 @dataclass
 class Models:
-    """The demo pair, cut once, in one store below `work`."""
+    """The demo pair, cut once, in one store below `work`; drafts: what the device makes of the drafter's guesses."""
 
     work: Path
     target: Manifest
     drafter: Manifest
+    drafts: str
 
     @staticmethod
-    def cut(work: Path) -> Models:
+    def cut(work: Path, drafts: str) -> Models:
         (work / "store").mkdir(mode=0o700)
         store, found = PieceStore(work / "store"), []
         for name in ("demo", "demo-drafter"):
             path = demo_path(name)
             manifest = partition(path, store, name=name, numeric_class=numeric_class(path, "fp32"))
             found.append(manifest)
-        return Models(work, *found)
+        return Models(work, *found, drafts)
 
 
 @dataclass
@@ -266,6 +267,7 @@ def stand(
             "token_ms": times.device_ms,
             "step_rows": 16,
             "devices": devices,
+            "drafts": models.drafts,
             "window": window,
             "stops": False,
         }
@@ -348,7 +350,7 @@ class Bench:
         self._alone: dict[tuple[int, float], list[int]] = {}
 
     def ask_of(self, prompt: int, temperature: float) -> dict[str, Any]:
-        sampling = {"temperature": temperature, "seed": 1000 + prompt}
+        sampling = {"temperature": temperature, "seed": 1000 + prompt, "top_p": self.chosen.top_p}
         return {"prompt": self.prompts[prompt], "tokens": self.chosen.tokens, "sampling": sampling}
 
     def alone(self, temperatures: Sequence[float]) -> None:
@@ -478,6 +480,8 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--remote", nargs="+", choices=MODES, default=["sync", "branch"], help="clients: as these")
     parser.add_argument("--temperatures", type=float, nargs="+", default=list(TEMPERATURES))
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--drafts", choices=("good", "random", "adversary"), default="good", help="of the device")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer")
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--prompt-tokens", type=int, default=96)
@@ -502,7 +506,7 @@ def main() -> None:
         times = replace(times, pass_rows=chosen.window + 1, step_rows=1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its processes and folders end with it
     with tempfile.TemporaryDirectory(prefix="ganglion-bench-") as folder:
-        bench = Bench(Models.cut(Path(folder)), chosen)
+        bench = Bench(Models.cut(Path(folder), chosen.drafts), chosen)
         bench.alone(chosen.temperatures)
         found = bench.clients(times) if chosen.part == "clients" else bench.modes(times)
     if chosen.part == "clients":
