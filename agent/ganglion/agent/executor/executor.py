@@ -16,37 +16,23 @@ session's rows, which its next row overwrites, so the buffers have room for it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ganglion.agent.executor import seats
 from ganglion.agent.executor.buffers import Delta, Place, Rows, as_value
 from ganglion.agent.executor.kv import KeyValueLedger, SessionState, Take
 from ganglion.agent.executor.loader import LoadedSegment, Shard
 from ganglion.agent.executor.prefix_blocks import Begin, Keep, PrefixBlocks
 from ganglion.agent.roles import Role
-from ganglion.wire.errors import Corrupt, Exhausted, InvalidDocument, ProtocolViolation
-from ganglion.wire.limits import TREE_BRANCHES
+from ganglion.wire.errors import Corrupt, InvalidDocument, ProtocolViolation
 from ganglion.wire.nouns import EXACT_POSITIONS, PREFIX_BLOCK_TOKENS, Manifest, Plan, RopeTable
 from ganglion.wire.shares import OpenPiece
 
-
-@dataclass(frozen=True, slots=True)
-class SessionRows:
-    """Rows start..start+count-1 of a session: `state` its keys and values, `first` its first row of the step.
-
-    source: whose rows `taken_first`..start-1 it takes in each layer before it attends.
-    """
-
-    session: int
-    state: SessionState
-    start: int
-    count: int
-    first: int
-    source: SessionState | None = None
-    taken_first: int = 0
+SessionRows = seats.Rows[SessionState]
 
 
 @dataclass(slots=True)
@@ -77,8 +63,8 @@ class Executor:
         groups = [shard.segments[index].groups for index in self._attention]
         budget = KeyValueLedger.bytes_per_token(groups, geometry.head_dim) * plan.kv_tokens
         self._ledger = KeyValueLedger(groups, geometry.head_dim, budget)
-        self._slots: set[int] = set()  # open sessions that began with rows of another
         self._prefixes = PrefixBlocks(plan.prefix_tokens // PREFIX_BLOCK_TOKENS)
+        self._seats = seats.Seats(self._ledger, self._prefixes, plan, pads=self._exact, moved=self._unbind)
         capacity = max(plan.chunk, plan.sessions)
         every = (*shard.segments, *shard.prompt)
         self._buffers = Rows(capacity, geometry.hidden, every, exact=self._exact)
@@ -114,68 +100,22 @@ class Executor:
     @property
     def sessions(self) -> int:
         """Sessions that hold state now, slots of their branches aside."""
-        return len(self._ledger) - len(self._slots)
+        return self._seats.sessions
 
     def close(self, session: int) -> None:
         """Drop a session's state."""
-        self._ledger.close(session)
-        self._slots.discard(session)
-        self._bound.pop(session, None)
+        self._seats.close(session)
 
     def prepare(self, keeps: Sequence[Keep], closed: Sequence[int], begins: Sequence[Begin]) -> None:
-        """What a step does to sessions before its rows: blocks are kept, sessions closed, others begun from blocks.
-
-        Raises ProtocolViolation for what no lead of this plan says, Exhausted without room.
-        """
-        for keep in keeps:
-            self._prefixes.keep(self._held(keep.session), keep.first, keep.blocks)
-        for session in closed:
-            self.close(session)
-        for begin in begins:
-            tokens, prompt = len(begin.blocks) * PREFIX_BLOCK_TOKENS, begin.prompt_tokens
-            if self._ledger.get(begin.session) is not None or not 0 < tokens < prompt < self._plan.context:
-                raise ProtocolViolation(f"session {begin.session} begins with {tokens} tokens of a prompt of {prompt}")
-            state = self._open(begin.session)
-            self._ledger.reserve(state, prompt)
-            self._prefixes.copy_to(state, begin.blocks)
+        """See `Seats.prepare`."""
+        self._seats.prepare(keeps, closed, begins)
 
     def copy(self, source: int, target: int, start: int, stop: int) -> None:
-        """Give `target`, opened if need be, the positions start..stop of `source`; it then holds `stop` tokens.
+        """See `Seats.copy`."""
+        self._seats.copy(source, target, start, stop)
 
-        Raises ProtocolViolation for positions that either does not hold up to, Exhausted without room.
-        """
-        given, taker = self._ledger.get(source), self._ledger.get(target)
-        held = taker.held if taker is not None else 0
-        if given is None or source == target or not 0 <= start <= min(held, stop) or stop > given.held:
-            raise ProtocolViolation(
-                f"positions {start}..{stop} of session {source}, which holds {given.held if given else 0} tokens, to"
-                f" session {target}, which holds {held}"
-            )
-        if taker is None:
-            taker = self._open(target)
-        taker.held = start
-        if self._ledger.reserve(taker, stop):
-            self._bound.pop(target, None)
-        self._ledger.copy(given, taker, start, stop)
-
-    def _held(self, session: int) -> SessionState:
-        state = self._ledger.get(session)
-        if state is None:
-            raise ProtocolViolation(f"session {session} is to leave blocks and is not open")
-        return state
-
-    def _open(self, session: int) -> SessionState:
-        if self.sessions >= self._plan.sessions:
-            raise Exhausted(f"{self.sessions} sessions are open, the plan allows {self._plan.sessions}")
-        return self._ledger.open(session)
-
-    def _open_slot(self, session: int) -> SessionState:
-        most = TREE_BRANCHES * self._plan.sessions
-        if len(self._slots) >= most:
-            raise Exhausted(f"{len(self._slots)} branches are open, {most} may be of {self._plan.sessions} sessions")
-        state = self._ledger.open(session)
-        self._slots.add(session)
-        return state
+    def _unbind(self, session: int) -> None:
+        self._bound.pop(session, None)
 
     def begin(
         self, entries: Sequence[tuple[int, int, int]], role: Role = "any", takes: Mapping[int, Take] | None = None
@@ -185,49 +125,11 @@ class Executor:
         takes: by session, what it takes of another one before its rows; it is opened as a slot if it is not open.
         Raises ProtocolViolation for entries or a role that no scheduler of this plan announces, Exhausted without room.
         """
-        if role not in self._by_role:
-            raise ProtocolViolation(f"a step of role {role}; those of this class are {', '.join(self._by_role)}")
-        rows = sum(count for _, _, count in entries)
-        if not 0 < rows <= self._plan.chunk or len({session for session, _, _ in entries}) != len(entries):
-            raise ProtocolViolation(f"a step of {rows} rows in {len(entries)} entries; at most {self._plan.chunk} rows")
-        placed, first = [], 0
-        for session, start, count in entries:
-            take = takes.get(session) if takes else None
-            source = self._source(session, start, take) if take is not None else None
-            state = self._place(session, start, count, source)
-            placed.append(SessionRows(session, state, start, count, first, source, take.first if take else 0))
-            first += count
+        seats.check_role(role, self._by_role)
+        placed = self._seats.place(entries, takes or {}, seats.Rows)
+        rows = sum(one.count for one in placed)
         self._buffers.delta[0][:rows] = 0.0
-        return Batch(tuple(placed), rows, role, self._buffers)
-
-    def _source(self, session: int, start: int, take: Take) -> SessionState:
-        """Whom a session takes rows from; entries are placed in the order in which they attend."""
-        source, taker = self._ledger.get(take.source), self._ledger.get(session)
-        held = taker.held if taker is not None else 0
-        if source is None or source is taker or not 0 <= take.first <= min(held, start) or start > source.held:
-            raise ProtocolViolation(
-                f"session {session}, which holds {held} tokens, takes {take.first}..{start} of session {take.source},"
-                f" which holds {source.held if source else 0}"
-            )
-        return source
-
-    def _place(self, session: int, start: int, count: int, source: SessionState | None = None) -> SessionState:
-        state = self._ledger.get(session)
-        if state is None:
-            if start != 0 and source is None:
-                raise ProtocolViolation(f"session {session} begins at token {start}")
-            state = self._open(session) if source is None else self._open_slot(session)
-        end = start + count + (count % 2 if self._exact else 0)
-        if count < 1 or (start > state.held and source is None) or end > self._plan.context:
-            raise ProtocolViolation(
-                f"session {session}: rows {start}..{start + count} on {state.held} held tokens, context"
-                f" {self._plan.context}"
-            )
-        # With what it held, all of it: an entry before this one may take rows that this one gives up.
-        if self._ledger.reserve(state, end):
-            self._bound.pop(session, None)
-        state.held = start + count
-        return state
+        return Batch(placed, rows, role, self._buffers)
 
     def residual(self, batch: Batch) -> NDArray[np.float32]:
         """The current residual [rows, hidden] float32; to be filled before the first segment."""
@@ -239,21 +141,13 @@ class Executor:
         Invariant: a session's earlier rows are in the first, which has run a segment before the second does.
         """
         middle = batch.rows // 4 * 2  # even: exact attention has nothing to pad then
-        sooner, later = list[SessionRows](), list[SessionRows]()
-        for one in batch.entries:
-            count = min(one.count, max(0, middle - one.first))
-            if count:
-                sooner.append(replace(one, count=count))
-            if count < one.count:
-                first = one.first + count - middle
-                rest = replace(one, start=one.start + count, count=one.count - count, first=first)
-                later.append(replace(rest, source=None) if count else rest)
+        sooner, later = seats.halved(batch.entries, middle)
         rows = batch.rows - middle
         for mine, whole in ((self._later.res[0], batch.buffers.res), (self._later.delta[0], batch.buffers.delta)):
             mine[:rows] = whole[batch.parity][middle : batch.rows]
         return (
-            Batch(tuple(sooner), middle, batch.role, batch.buffers, batch.parity),
-            Batch(tuple(later), rows, batch.role, self._later),
+            Batch(sooner, middle, batch.role, batch.buffers, batch.parity),
+            Batch(later, rows, batch.role, self._later),
         )
 
     def join(self, batch: Batch, halves: tuple[Batch, Batch]) -> None:

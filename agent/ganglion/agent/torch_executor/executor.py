@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ganglion.agent.executor import seats
 from ganglion.agent.executor.buffers import Delta
 from ganglion.agent.executor.executor import rope_tables
 from ganglion.agent.executor.kv import Take
@@ -19,28 +20,17 @@ from ganglion.agent.roles import Role
 from ganglion.agent.torch_executor.attention import Attention, attend, mask, turned
 from ganglion.agent.torch_executor.kv import TorchLedger, TorchState
 from ganglion.agent.torch_executor.loader import TorchSegment, TorchSettings, TorchShard
-from ganglion.wire.errors import Exhausted, ProtocolViolation
-from ganglion.wire.limits import TREE_BRANCHES
+from ganglion.wire.errors import ProtocolViolation
 from ganglion.wire.nouns import PREFIX_BLOCK_TOKENS, Manifest, Plan
 from ganglion.wire.shares import OpenPiece
 
 _NOTHING: NDArray[np.float32] = np.zeros((0, 0), np.float32)
 
 
-@dataclass(slots=True)
-class TorchRows:
-    """Rows start..start+count-1 of a session; masks by window, made once a step.
+@dataclass(frozen=True, slots=True)
+class TorchRows(seats.Rows[TorchState]):
+    """Rows of a session; masks by window, made once a step."""
 
-    source: whose rows `taken_first`..start-1 it takes in each layer before it attends.
-    """
-
-    session: int
-    state: TorchState
-    start: int
-    count: int
-    first: int
-    source: TorchState | None = None
-    taken_first: int = 0
     masks: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
 
 
@@ -79,7 +69,6 @@ class TorchExecutor:
         self._layers = {index: layer for layer, index in enumerate(attends)}
         groups = [shard.segments[index].groups for index in attends]
         blocks = plan.prefix_tokens // PREFIX_BLOCK_TOKENS
-        self._slots: set[int] = set()  # open sessions that began with rows of another
         self._ledger = TorchLedger(
             groups,
             geometry.head_dim,
@@ -88,6 +77,7 @@ class TorchExecutor:
             device=settings.device,
             dtype=settings.dtype,
         )
+        self._seats = seats.Seats(self._ledger, self._ledger, plan, pads=False, moved=lambda session: None)
         self._parts = manifest.handover == "parts"
         self._wide: type[np.float64 | np.float32] = np.float64 if self._class.exact else np.float32
         self._ropes = {
@@ -120,7 +110,7 @@ class TorchExecutor:
     @property
     def sessions(self) -> int:
         """Sessions that hold state now."""
-        return len(self._ledger) - len(self._slots)
+        return self._seats.sessions
 
     @property
     def handed_width(self) -> int:
@@ -129,61 +119,17 @@ class TorchExecutor:
 
     def close(self, session: int) -> None:
         """Drop a session's state."""
-        self._ledger.close(session)
-        self._slots.discard(session)
+        self._seats.close(session)
 
     @torch.inference_mode()
     def prepare(self, keeps: Sequence[Keep], closed: Sequence[int], begins: Sequence[Begin]) -> None:
-        """What a step does to sessions before its rows; raises ProtocolViolation, Exhausted."""
-        ledger = self._ledger
-        for keep in keeps:
-            state = ledger.get(keep.session)
-            if state is None:
-                raise ProtocolViolation(f"session {keep.session} is to leave blocks and is not open")
-            ledger.keep(state, keep.first, keep.blocks)
-        for session in closed:
-            self.close(session)
-        for begin in begins:
-            tokens, prompt = len(begin.blocks) * PREFIX_BLOCK_TOKENS, begin.prompt_tokens
-            if ledger.get(begin.session) is not None or not 0 < tokens < prompt < self._plan.context:
-                raise ProtocolViolation(f"session {begin.session} begins with {tokens} tokens of a prompt of {prompt}")
-            state = self._open(begin.session)
-            ledger.reserve(state, prompt)
-            ledger.copy_to(state, begin.blocks)
+        """See `Seats.prepare`."""
+        self._seats.prepare(keeps, closed, begins)
 
     @torch.inference_mode()
     def copy(self, source: int, target: int, start: int, stop: int) -> None:
-        """Give `target`, opened if need be, the positions start..stop of `source`; it then holds `stop` tokens.
-
-        Raises ProtocolViolation for positions that either does not hold up to, Exhausted without room.
-        """
-        given, taker = self._ledger.get(source), self._ledger.get(target)
-        held = taker.held if taker is not None else 0
-        if given is None or source == target or not 0 <= start <= min(held, stop) or stop > given.held:
-            raise ProtocolViolation(
-                f"positions {start}..{stop} of session {source}, which holds {given.held if given else 0} tokens, to"
-                f" session {target}, which holds {held}"
-            )
-        if taker is None:
-            taker = self._open(target)
-        taker.held = start
-        self._ledger.reserve(taker, stop)
-        for mine, theirs in zip((*taker.keys, *taker.values), (*given.keys, *given.values), strict=True):
-            mine[:, start:stop] = theirs[:, start:stop]
-        taker.held = stop
-
-    def _open(self, session: int) -> TorchState:
-        if self.sessions >= self._plan.sessions:
-            raise Exhausted(f"{self.sessions} sessions are open, the plan allows {self._plan.sessions}")
-        return self._ledger.open(session)
-
-    def _open_slot(self, session: int) -> TorchState:
-        most = TREE_BRANCHES * self._plan.sessions
-        if len(self._slots) >= most:
-            raise Exhausted(f"{len(self._slots)} branches are open, {most} may be of {self._plan.sessions} sessions")
-        state = self._ledger.open(session)
-        self._slots.add(session)
-        return state
+        """See `Seats.copy`."""
+        self._seats.copy(source, target, start, stop)
 
     @torch.inference_mode()
     def begin(
@@ -193,46 +139,12 @@ class TorchExecutor:
 
         takes: by session, what it takes of another one before its rows; it is opened as a slot if it is not open.
         """
-        if role not in self._by_role:
-            raise ProtocolViolation(f"a step of role {role}; those of this class are {', '.join(self._by_role)}")
-        rows = sum(count for _, _, count in entries)
-        if not 0 < rows <= self._plan.chunk or len({session for session, _, _ in entries}) != len(entries):
-            raise ProtocolViolation(f"a step of {rows} rows in {len(entries)} entries; at most {self._plan.chunk} rows")
-        placed, first = [], 0
-        for session, start, count in entries:
-            take = takes.get(session) if takes else None
-            source = self._source(session, start, take) if take is not None else None
-            state = self._place(session, start, count, source)
-            placed.append(TorchRows(session, state, start, count, first, source, take.first if take else 0))
-            first += count
+        seats.check_role(role, self._by_role)
+        placed = self._seats.place(entries, takes or {}, TorchRows)
+        rows = sum(one.count for one in placed)
         zeros = torch.zeros((rows, self._hidden), device=self._settings.device)
         filled = np.zeros((rows, self._hidden), np.float32)
-        return TorchBatch(tuple(placed), rows, role, zeros, zeros, filled)
-
-    def _source(self, session: int, start: int, take: Take) -> TorchState:
-        source, taker = self._ledger.get(take.source), self._ledger.get(session)
-        held = taker.held if taker is not None else 0
-        if source is None or source is taker or not 0 <= take.first <= min(held, start) or start > source.held:
-            raise ProtocolViolation(
-                f"session {session}, which holds {held} tokens, takes {take.first}..{start} of session {take.source},"
-                f" which holds {source.held if source else 0}"
-            )
-        return source
-
-    def _place(self, session: int, start: int, count: int, source: TorchState | None) -> TorchState:
-        state = self._ledger.get(session)
-        if state is None:
-            if start != 0 and source is None:
-                raise ProtocolViolation(f"session {session} begins at token {start}")
-            state = self._open(session) if source is None else self._open_slot(session)
-        if count < 1 or (start > state.held and source is None) or start + count > self._plan.context:
-            raise ProtocolViolation(
-                f"session {session}: rows {start}..{start + count} on {state.held} held tokens, context"
-                f" {self._plan.context}"
-            )
-        self._ledger.reserve(state, start + count)
-        state.held = start + count
-        return state
+        return TorchBatch(placed, rows, role, zeros, zeros, filled)
 
     def residual(self, batch: TorchBatch) -> NDArray[np.float32]:
         """The rows to begin with [rows, hidden] float32; to be filled before the first segment, or read back."""
@@ -261,18 +173,11 @@ class TorchExecutor:
         """The rows of a batch in two that run one after the other, segment by segment; `join` puts them together."""
         self._arrive(batch)
         middle = batch.rows // 4 * 2
-        sooner, later = list[TorchRows](), list[TorchRows]()
-        for one in batch.entries:
-            count = min(one.count, max(0, middle - one.first))
-            if count:
-                sooner.append(replace(one, count=count, masks={}))
-            if count < one.count:
-                start, first = one.start + count, one.first + count - middle
-                rest = replace(one, start=start, count=one.count - count, first=first, masks={})
-                later.append(replace(rest, source=None) if count else rest)
+        # Masks are of a step's rows: each half makes its own.
+        sooner, later = (tuple(replace(one, masks={}) for one in half) for half in seats.halved(batch.entries, middle))
         return (
-            TorchBatch(tuple(sooner), middle, batch.role, batch.residual[:middle], batch.delta[:middle]),
-            TorchBatch(tuple(later), batch.rows - middle, batch.role, batch.residual[middle:], batch.delta[middle:]),
+            TorchBatch(sooner, middle, batch.role, batch.residual[:middle], batch.delta[:middle]),
+            TorchBatch(later, batch.rows - middle, batch.role, batch.residual[middle:], batch.delta[middle:]),
         )
 
     @torch.inference_mode()

@@ -64,10 +64,10 @@ class TorchLedger:
         self._states[session] = state
         return state
 
-    def reserve(self, state: TorchState, tokens: int) -> None:
-        """Make room for `tokens`; raises Exhausted."""
+    def reserve(self, state: TorchState, tokens: int) -> bool:
+        """Make room for `tokens`; True when the buffers changed. Raises Exhausted."""
         if tokens <= state.capacity:
-            return
+            return False
         capacity = kv_capacity_tokens(tokens)
         self._charge(capacity - state.capacity)
         for buffers in (state.keys, state.values):
@@ -75,6 +75,14 @@ class TorchLedger:
                 new[:, : state.held] = buffers[index][:, : state.held]
                 buffers[index] = new
         state.capacity = capacity
+        return True
+
+    @staticmethod
+    def copy(source: TorchState, target: TorchState, start: int, stop: int) -> None:
+        """Copy the positions start..stop, which `source` holds and `target` has room for; it then holds `stop`."""
+        for given, taken in zip((*source.keys, *source.values), (*target.keys, *target.values), strict=True):
+            taken[:, start:stop] = given[:, start:stop]
+        target.held = stop
 
     def close(self, session: int) -> None:
         """Drop a session's state; what is not held is no error."""
