@@ -16,7 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "bench")]
 
-from trees import CONTEXT, prompts  # noqa: E402
+from speculation import prompts  # noqa: E402
+from trees import CONTEXT  # noqa: E402
 
 from ganglion.agent.executor.loader import start_runtime  # noqa: E402
 from ganglion.agent.lead.sampling import Sampling  # noqa: E402

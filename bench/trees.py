@@ -11,11 +11,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import hashlib
 import importlib.util
 import statistics
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,8 +24,7 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "models")]
 
-from corpus import SKIPPED_PARTS, Document, functions  # noqa: E402
-from tokenizers import Tokenizer  # noqa: E402
+from speculation import prompts  # noqa: E402
 from verify_session import opening  # noqa: E402
 
 from ganglion.agent import control  # noqa: E402
@@ -140,28 +137,6 @@ async def answer(
             ]
             await opened.send_drafts(lane_pb2.Drafts(round=rounds, branches=branches))
     return ids[len(request.prompt) :]
-
-
-def prompts(count: int, tokens: int) -> list[list[int]]:
-    """Beginnings of held-out functions, each with what stands before it in its file: `tokens` ids."""
-    tokenizer = Tokenizer.from_file(str(demo_path("demo") / "tokenizer.json"))
-    found: list[list[int]] = []
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py"), key=lambda path: hashlib.sha256(path.name.encode()).digest()):
-        relative = path.relative_to(root)
-        document = Document(relative.as_posix(), "")
-        if not document.is_validation or document.is_test or not SKIPPED_PARTS.isdisjoint(relative.parts):
-            continue
-        document = Document(document.path, path.read_text("utf-8"))
-        one = next((each for each in functions(document) if len(each.body) > 200), None)
-        if one is None or (at := document.text.find(one.header)) < 0:
-            continue
-        ids = tokenizer.encode(document.text[: at + len(one.header)] + "\n").ids[-tokens:]
-        if len(ids) == tokens:
-            found.append(ids)
-        if len(found) == count:
-            break
-    return found
 
 
 def whole(manifest: Manifest, node: str) -> Plan:
