@@ -53,6 +53,7 @@ class Lead:
     stuck: asyncio.Event = field(default_factory=asyncio.Event)  # an event is not taken
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
     heard: list[lane_pb2.Drafts] = field(default_factory=list)
+    chosen: list[lane_pb2.Choose | lane_pb2.Ask] = field(default_factory=list)
 
     def accept(self, node_id: str, deployment: str, epoch: int) -> VerifiedRecord:
         assert deployment == "demo"
@@ -67,6 +68,7 @@ class Lead:
     ) -> AsyncGenerator[lane_pb2.SessionEvent, None]:
         assert gateway in self.gateways
         came: asyncio.Queue[lane_pb2.Drafts] = asyncio.Queue()
+        choices: asyncio.Queue[lane_pb2.Choose | lane_pb2.Ask] = asyncio.Queue()
 
         def take(drafts: lane_pb2.Drafts) -> None:
             self.heard.append(drafts)
@@ -79,6 +81,8 @@ class Lead:
         try:
             if request.request_id.startswith("late"):
                 await self.go_on.wait()
+            if request.request_id == "chosen":
+                said.on_choice = choices.put_nowait
             if "drafted" in request.request_id:
                 said.on_drafts = take
             yield lane_pb2.SessionEvent(accepted=lane_pb2.Accepted(numeric_class="fp32"))
@@ -86,6 +90,13 @@ class Lead:
                 case "echo":
                     for token in request.prompt:
                         yield tokens(token)
+                    yield finished()
+                case "chosen":
+                    yield lane_pb2.SessionEvent(scored=lane_pb2.Scored(position=1))
+                    while isinstance(choice := await choices.get(), lane_pb2.Ask) or choice.tokens:
+                        self.chosen.append(choice)
+                        asked = isinstance(choice, lane_pb2.Ask)
+                        yield lane_pb2.SessionEvent(scored=lane_pb2.Scored(position=choice.position, asked=asked))
                     yield finished()
                 case "endless":
                     yield tokens(1)
@@ -299,6 +310,34 @@ async def test_drafts_arrive_in_order_while_the_answer_runs(setting: Fixture) ->
         await opened.send_drafts(drafts(1))  # after its end: nothing
         await opened.close()
         assert len(setting.lead.heard) == 41
+
+
+async def test_a_client_chooses_while_it_reads(setting: Fixture) -> None:
+    async with _closing(setting.client()) as client:
+        opened = await client.open(lane_pb2.Open(request_id="chosen"))
+        events = opened.events()
+        assert [(await anext(events)).WhichOneof("body") for _ in range(2)] == ["accepted", "scored"]
+        await opened.ask(1, (7, 9))
+        assert (await anext(events)).scored.asked
+        await opened.choose(1, (5, 6))
+        assert not (await anext(events)).scored.asked
+        with pytest.raises(Exhausted, match=str(DRAFTS_BYTES)):
+            await opened.choose(2, [1 << 30] * DRAFTS_BYTES)
+        await opened.choose(2, ())
+        assert [event.WhichOneof("body") async for event in events] == ["finished"]
+        await opened.choose(3, (1,))  # after its end: nothing
+        chosen = lane_pb2.Choose(position=1, tokens=[5, 6])
+        assert setting.lead.chosen == [lane_pb2.Ask(position=1, ids=[7, 9]), chosen]
+
+
+async def test_who_may_not_choose_is_cut_off(setting: Fixture) -> None:
+    async with _closing(setting.client()) as client:
+        for name in ("endless", "drafted", "late drafted"):  # the lead draws; and before a session has begun
+            opened = await client.open(lane_pb2.Open(request_id=name))
+            await opened.choose(1, (5,))
+            with pytest.raises(ProtocolViolation):
+                async for _ in opened.events():
+                    pass
 
 
 async def test_bytes_are_counted_before_sealing(setting: Fixture) -> None:

@@ -90,6 +90,36 @@ class AdminStub(object):
                 request_serializer=ganglion_dot_proto_dot_admin__pb2.RevokeRequest.SerializeToString,
                 response_deserializer=ganglion_dot_proto_dot_admin__pb2.DeviceState.FromString,
                 _registered_method=True)
+        self.PutExpert = channel.unary_unary(
+                '/ganglion.v1.Admin/PutExpert',
+                request_serializer=ganglion_dot_proto_dot_admin__pb2.PutExpertRequest.SerializeToString,
+                response_deserializer=ganglion_dot_proto_dot_admin__pb2.ExpertState.FromString,
+                _registered_method=True)
+        self.RemoveExpert = channel.unary_unary(
+                '/ganglion.v1.Admin/RemoveExpert',
+                request_serializer=ganglion_dot_proto_dot_admin__pb2.RemoveExpertRequest.SerializeToString,
+                response_deserializer=ganglion_dot_proto_dot_admin__pb2.RemoveExpertReply.FromString,
+                _registered_method=True)
+        self.PutBudget = channel.unary_unary(
+                '/ganglion.v1.Admin/PutBudget',
+                request_serializer=ganglion_dot_proto_dot_admin__pb2.PutBudgetRequest.SerializeToString,
+                response_deserializer=ganglion_dot_proto_dot_admin__pb2.Selection.FromString,
+                _registered_method=True)
+        self.RemoveBudget = channel.unary_unary(
+                '/ganglion.v1.Admin/RemoveBudget',
+                request_serializer=ganglion_dot_proto_dot_admin__pb2.RemoveBudgetRequest.SerializeToString,
+                response_deserializer=ganglion_dot_proto_dot_admin__pb2.RemoveBudgetReply.FromString,
+                _registered_method=True)
+        self.Select = channel.unary_unary(
+                '/ganglion.v1.Admin/Select',
+                request_serializer=ganglion_dot_proto_dot_admin__pb2.SelectRequest.SerializeToString,
+                response_deserializer=ganglion_dot_proto_dot_admin__pb2.Selection.FromString,
+                _registered_method=True)
+        self.Report = channel.unary_unary(
+                '/ganglion.v1.Admin/Report',
+                request_serializer=ganglion_dot_proto_dot_admin__pb2.OutcomeReport.SerializeToString,
+                response_deserializer=ganglion_dot_proto_dot_admin__pb2.ReportReply.FromString,
+                _registered_method=True)
 
 
 class AdminServicer(object):
@@ -174,6 +204,49 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PutExpert(self, request, context):
+        """Edge experts: whole models that answer side by side, chosen by subsets. See the messages.
+        owner
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveExpert(self, request, context):
+        """owner
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PutBudget(self, request, context):
+        """owner: of a class of requests; the subset chosen for it
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveBudget(self, request, context):
+        """owner
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Select(self, request, context):
+        """owner, gateway: the subset for a budget of one's own
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Report(self, request, context):
+        """gateway: what was measured of experts; no text
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -231,6 +304,36 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Revoke,
                     request_deserializer=ganglion_dot_proto_dot_admin__pb2.RevokeRequest.FromString,
                     response_serializer=ganglion_dot_proto_dot_admin__pb2.DeviceState.SerializeToString,
+            ),
+            'PutExpert': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutExpert,
+                    request_deserializer=ganglion_dot_proto_dot_admin__pb2.PutExpertRequest.FromString,
+                    response_serializer=ganglion_dot_proto_dot_admin__pb2.ExpertState.SerializeToString,
+            ),
+            'RemoveExpert': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveExpert,
+                    request_deserializer=ganglion_dot_proto_dot_admin__pb2.RemoveExpertRequest.FromString,
+                    response_serializer=ganglion_dot_proto_dot_admin__pb2.RemoveExpertReply.SerializeToString,
+            ),
+            'PutBudget': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutBudget,
+                    request_deserializer=ganglion_dot_proto_dot_admin__pb2.PutBudgetRequest.FromString,
+                    response_serializer=ganglion_dot_proto_dot_admin__pb2.Selection.SerializeToString,
+            ),
+            'RemoveBudget': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveBudget,
+                    request_deserializer=ganglion_dot_proto_dot_admin__pb2.RemoveBudgetRequest.FromString,
+                    response_serializer=ganglion_dot_proto_dot_admin__pb2.RemoveBudgetReply.SerializeToString,
+            ),
+            'Select': grpc.unary_unary_rpc_method_handler(
+                    servicer.Select,
+                    request_deserializer=ganglion_dot_proto_dot_admin__pb2.SelectRequest.FromString,
+                    response_serializer=ganglion_dot_proto_dot_admin__pb2.Selection.SerializeToString,
+            ),
+            'Report': grpc.unary_unary_rpc_method_handler(
+                    servicer.Report,
+                    request_deserializer=ganglion_dot_proto_dot_admin__pb2.OutcomeReport.FromString,
+                    response_serializer=ganglion_dot_proto_dot_admin__pb2.ReportReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -530,6 +633,168 @@ class Admin(object):
             '/ganglion.v1.Admin/Revoke',
             ganglion_dot_proto_dot_admin__pb2.RevokeRequest.SerializeToString,
             ganglion_dot_proto_dot_admin__pb2.DeviceState.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutExpert(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ganglion.v1.Admin/PutExpert',
+            ganglion_dot_proto_dot_admin__pb2.PutExpertRequest.SerializeToString,
+            ganglion_dot_proto_dot_admin__pb2.ExpertState.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveExpert(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ganglion.v1.Admin/RemoveExpert',
+            ganglion_dot_proto_dot_admin__pb2.RemoveExpertRequest.SerializeToString,
+            ganglion_dot_proto_dot_admin__pb2.RemoveExpertReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutBudget(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ganglion.v1.Admin/PutBudget',
+            ganglion_dot_proto_dot_admin__pb2.PutBudgetRequest.SerializeToString,
+            ganglion_dot_proto_dot_admin__pb2.Selection.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveBudget(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ganglion.v1.Admin/RemoveBudget',
+            ganglion_dot_proto_dot_admin__pb2.RemoveBudgetRequest.SerializeToString,
+            ganglion_dot_proto_dot_admin__pb2.RemoveBudgetReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Select(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ganglion.v1.Admin/Select',
+            ganglion_dot_proto_dot_admin__pb2.SelectRequest.SerializeToString,
+            ganglion_dot_proto_dot_admin__pb2.Selection.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Report(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ganglion.v1.Admin/Report',
+            ganglion_dot_proto_dot_admin__pb2.OutcomeReport.SerializeToString,
+            ganglion_dot_proto_dot_admin__pb2.ReportReply.FromString,
             options,
             channel_credentials,
             insecure,

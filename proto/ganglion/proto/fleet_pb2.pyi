@@ -25,7 +25,7 @@ ASSIGNMENT_PHASE_FAILED: AssignmentPhase
 ASSIGNMENT_PHASE_RELEASED: AssignmentPhase
 
 class AgentMessage(_message.Message):
-    __slots__ = ("hello", "advert", "heartbeat", "status", "links", "held", "draft_offer")
+    __slots__ = ("hello", "advert", "heartbeat", "status", "links", "held", "draft_offer", "routes")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     ADVERT_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
@@ -33,6 +33,7 @@ class AgentMessage(_message.Message):
     LINKS_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
     DRAFT_OFFER_FIELD_NUMBER: _ClassVar[int]
+    ROUTES_FIELD_NUMBER: _ClassVar[int]
     hello: _identity_pb2.Hello
     advert: Advert
     heartbeat: Heartbeat
@@ -40,7 +41,8 @@ class AgentMessage(_message.Message):
     links: LinkReport
     held: HeldModels
     draft_offer: DraftOffer
-    def __init__(self, hello: _Optional[_Union[_identity_pb2.Hello, _Mapping]] = ..., advert: _Optional[_Union[Advert, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., status: _Optional[_Union[AssignmentStatus, _Mapping]] = ..., links: _Optional[_Union[LinkReport, _Mapping]] = ..., held: _Optional[_Union[HeldModels, _Mapping]] = ..., draft_offer: _Optional[_Union[DraftOffer, _Mapping]] = ...) -> None: ...
+    routes: RouteReport
+    def __init__(self, hello: _Optional[_Union[_identity_pb2.Hello, _Mapping]] = ..., advert: _Optional[_Union[Advert, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., status: _Optional[_Union[AssignmentStatus, _Mapping]] = ..., links: _Optional[_Union[LinkReport, _Mapping]] = ..., held: _Optional[_Union[HeldModels, _Mapping]] = ..., draft_offer: _Optional[_Union[DraftOffer, _Mapping]] = ..., routes: _Optional[_Union[RouteReport, _Mapping]] = ...) -> None: ...
 
 class CoordinatorMessage(_message.Message):
     __slots__ = ("hello", "assign", "connect", "release", "measure_links", "reprobe", "verifier", "draft_answer")
@@ -237,3 +239,29 @@ class Verifier(_message.Message):
     url: str
     why_away: str
     def __init__(self, deployment: _Optional[str] = ..., epoch: _Optional[int] = ..., target: _Optional[str] = ..., lead: _Optional[_Union[_identity_pb2.Peer, _Mapping]] = ..., lead_deployment: _Optional[str] = ..., lead_epoch: _Optional[int] = ..., manifest_digest: _Optional[str] = ..., numeric_class: _Optional[str] = ..., context: _Optional[int] = ..., vocab: _Optional[int] = ..., eos_ids: _Optional[_Iterable[int]] = ..., url: _Optional[str] = ..., why_away: _Optional[str] = ...) -> None: ...
+
+class RouteReport(_message.Message):
+    __slots__ = ("manifest_digest", "tokens", "layers")
+    MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    manifest_digest: str
+    tokens: int
+    layers: _containers.RepeatedCompositeFieldContainer[LayerRoutes]
+    def __init__(self, manifest_digest: _Optional[str] = ..., tokens: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerRoutes, _Mapping]]] = ...) -> None: ...
+
+class LayerRoutes(_message.Message):
+    __slots__ = ("sets", "others")
+    SETS_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_FIELD_NUMBER: _ClassVar[int]
+    sets: _containers.RepeatedCompositeFieldContainer[RouteSet]
+    others: int
+    def __init__(self, sets: _Optional[_Iterable[_Union[RouteSet, _Mapping]]] = ..., others: _Optional[int] = ...) -> None: ...
+
+class RouteSet(_message.Message):
+    __slots__ = ("experts", "tokens")
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    experts: _containers.RepeatedScalarFieldContainer[int]
+    tokens: int
+    def __init__(self, experts: _Optional[_Iterable[int]] = ..., tokens: _Optional[int] = ...) -> None: ...

@@ -144,7 +144,7 @@ class StepEntry(_message.Message):
     def __init__(self, session: _Optional[int] = ..., start: _Optional[int] = ..., count: _Optional[int] = ..., draws: _Optional[_Iterable[_Union[Draw, _Mapping]]] = ..., take_from: _Optional[int] = ..., take_first: _Optional[int] = ...) -> None: ...
 
 class Draw(_message.Message):
-    __slots__ = ("candidates", "temperature", "seed", "position", "repetition_penalty", "adjustments", "allowed", "top_logprobs", "mass")
+    __slots__ = ("candidates", "temperature", "seed", "position", "repetition_penalty", "adjustments", "allowed", "top_logprobs", "mass", "keep")
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
@@ -154,6 +154,7 @@ class Draw(_message.Message):
     ALLOWED_FIELD_NUMBER: _ClassVar[int]
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     MASS_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
     candidates: int
     temperature: float
     seed: int
@@ -163,7 +164,8 @@ class Draw(_message.Message):
     allowed: bytes
     top_logprobs: int
     mass: bool
-    def __init__(self, candidates: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., position: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., adjustments: _Optional[_Union[Adjustments, _Mapping]] = ..., allowed: _Optional[bytes] = ..., top_logprobs: _Optional[int] = ..., mass: bool = ...) -> None: ...
+    keep: bool
+    def __init__(self, candidates: _Optional[int] = ..., temperature: _Optional[float] = ..., seed: _Optional[int] = ..., position: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., adjustments: _Optional[_Union[Adjustments, _Mapping]] = ..., allowed: _Optional[bytes] = ..., top_logprobs: _Optional[int] = ..., mass: bool = ..., keep: bool = ...) -> None: ...
 
 class Adjustments(_message.Message):
     __slots__ = ("gaps", "bias", "repeated", "subtract")
@@ -210,27 +212,35 @@ class CandidatesReply(_message.Message):
     def __init__(self, entries: _Optional[_Iterable[_Union[Candidates, _Mapping]]] = ...) -> None: ...
 
 class MoreCandidates(_message.Message):
-    __slots__ = ("entry", "candidates")
+    __slots__ = ("entry", "candidates", "session", "ids")
     ENTRY_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    IDS_FIELD_NUMBER: _ClassVar[int]
     entry: int
     candidates: int
-    def __init__(self, entry: _Optional[int] = ..., candidates: _Optional[int] = ...) -> None: ...
+    session: int
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, entry: _Optional[int] = ..., candidates: _Optional[int] = ..., session: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SessionRequest(_message.Message):
-    __slots__ = ("hello", "open", "cancel", "drafts")
+    __slots__ = ("hello", "open", "cancel", "drafts", "choose", "ask")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     DRAFTS_FIELD_NUMBER: _ClassVar[int]
+    CHOOSE_FIELD_NUMBER: _ClassVar[int]
+    ASK_FIELD_NUMBER: _ClassVar[int]
     hello: _identity_pb2.Hello
     open: Open
     cancel: Cancel
     drafts: Drafts
-    def __init__(self, hello: _Optional[_Union[_identity_pb2.Hello, _Mapping]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., drafts: _Optional[_Union[Drafts, _Mapping]] = ...) -> None: ...
+    choose: Choose
+    ask: Ask
+    def __init__(self, hello: _Optional[_Union[_identity_pb2.Hello, _Mapping]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., drafts: _Optional[_Union[Drafts, _Mapping]] = ..., choose: _Optional[_Union[Choose, _Mapping]] = ..., ask: _Optional[_Union[Ask, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("request_id", "prompt", "max_tokens", "sampling", "stop_ids", "grammar", "tenant", "answered", "contract", "away", "target")
+    __slots__ = ("request_id", "prompt", "max_tokens", "sampling", "stop_ids", "grammar", "tenant", "answered", "contract", "away", "target", "choosing")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -242,6 +252,7 @@ class Open(_message.Message):
     CONTRACT_FIELD_NUMBER: _ClassVar[int]
     AWAY_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
+    CHOOSING_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
     max_tokens: int
@@ -253,7 +264,30 @@ class Open(_message.Message):
     contract: Contract
     away: Away
     target: str
-    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stop_ids: _Optional[_Iterable[int]] = ..., grammar: _Optional[str] = ..., tenant: _Optional[str] = ..., answered: _Optional[int] = ..., contract: _Optional[_Union[Contract, _Mapping]] = ..., away: _Optional[_Union[Away, str]] = ..., target: _Optional[str] = ...) -> None: ...
+    choosing: Choosing
+    def __init__(self, request_id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., stop_ids: _Optional[_Iterable[int]] = ..., grammar: _Optional[str] = ..., tenant: _Optional[str] = ..., answered: _Optional[int] = ..., contract: _Optional[_Union[Contract, _Mapping]] = ..., away: _Optional[_Union[Away, str]] = ..., target: _Optional[str] = ..., choosing: _Optional[_Union[Choosing, _Mapping]] = ...) -> None: ...
+
+class Choosing(_message.Message):
+    __slots__ = ("candidates",)
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    candidates: int
+    def __init__(self, candidates: _Optional[int] = ...) -> None: ...
+
+class Choose(_message.Message):
+    __slots__ = ("position", "tokens")
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    position: int
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, position: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Ask(_message.Message):
+    __slots__ = ("position", "ids")
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    position: int
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, position: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Contract(_message.Message):
     __slots__ = ("manifest_digest", "numeric_class", "tokenizer_digest", "vocab", "window_tokens", "miss")
@@ -326,26 +360,44 @@ class TokenBias(_message.Message):
     def __init__(self, id: _Optional[int] = ..., bias: _Optional[float] = ...) -> None: ...
 
 class SessionEvent(_message.Message):
-    __slots__ = ("hello", "accepted", "tokens", "finished", "failed")
+    __slots__ = ("hello", "accepted", "tokens", "finished", "failed", "scored")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    SCORED_FIELD_NUMBER: _ClassVar[int]
     hello: _identity_pb2.Hello
     accepted: Accepted
     tokens: Tokens
     finished: Finished
     failed: Failed
-    def __init__(self, hello: _Optional[_Union[_identity_pb2.Hello, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ...) -> None: ...
+    scored: Scored
+    def __init__(self, hello: _Optional[_Union[_identity_pb2.Hello, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., scored: _Optional[_Union[Scored, _Mapping]] = ...) -> None: ...
+
+class Scored(_message.Message):
+    __slots__ = ("position", "ids", "logits", "log_sum_exp", "asked")
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGITS_FIELD_NUMBER: _ClassVar[int]
+    LOG_SUM_EXP_FIELD_NUMBER: _ClassVar[int]
+    ASKED_FIELD_NUMBER: _ClassVar[int]
+    position: int
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    logits: _containers.RepeatedScalarFieldContainer[float]
+    log_sum_exp: float
+    asked: bool
+    def __init__(self, position: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., logits: _Optional[_Iterable[float]] = ..., log_sum_exp: _Optional[float] = ..., asked: bool = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("numeric_class", "terms")
+    __slots__ = ("numeric_class", "terms", "vocab")
     NUMERIC_CLASS_FIELD_NUMBER: _ClassVar[int]
     TERMS_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_FIELD_NUMBER: _ClassVar[int]
     numeric_class: str
     terms: Terms
-    def __init__(self, numeric_class: _Optional[str] = ..., terms: _Optional[_Union[Terms, _Mapping]] = ...) -> None: ...
+    vocab: int
+    def __init__(self, numeric_class: _Optional[str] = ..., terms: _Optional[_Union[Terms, _Mapping]] = ..., vocab: _Optional[int] = ...) -> None: ...
 
 class Terms(_message.Message):
     __slots__ = ("window_tokens", "credits", "drafter", "prefix")

@@ -32,6 +32,8 @@ class Kind(IntEnum):
     MORE = 5  # lead → share: MoreCandidates
     CLOSE = 6  # the end, wanted
     ERROR = 7  # the end, with an ErrorBody
+    ROUTED = 8  # lead → a device with experts: rows and whose they are, see ganglion.wire.routed
+    GIVEN = 9  # and back: what the experts give
 
 
 class Dtype(IntEnum):
@@ -163,8 +165,11 @@ def tensor_header(kind: Kind, ends: Ends, step: int, exchange: int, array: NDArr
 
 def message_header(kind: Kind, ends: Ends, step: int, exchange: int, size: int) -> bytes:
     """Packed header for a message of `size` bytes; raises Exhausted when it is larger than one may be."""
-    if size > CONTROL_MESSAGE_BYTES:
-        raise Exhausted(f"a {kind.name} message of {size} bytes exceeds the {CONTROL_MESSAGE_BYTES} bytes of one frame")
+    routed = kind is Kind.ROUTED  # its size follows from the step that was announced
+    most = PAYLOAD_BYTES if routed else CONTROL_MESSAGE_BYTES
+    if size > most:
+        knob = "; announce fewer rows in a step" if routed else ""
+        raise Exhausted(f"a {kind.name} message of {size} bytes exceeds the {most} bytes of one frame{knob}")
     return Header(kind, Dtype.BYTES, ends, step, exchange, 0, 0, size).pack()
 
 

@@ -12,6 +12,7 @@ from ganglion.wire.errors import Unsupported
 from ganglion.wire.limits import PROTOCOL
 
 DRAFTING: Final = "drafting"  # a coordinator's feature: it takes offers to draft
+ROUTES: Final = "routes"  # a coordinator's feature: it takes reports of a mixture's routes
 
 
 @functools.cache

@@ -12,8 +12,9 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Final, Literal
 
 import msgspec
@@ -46,6 +47,7 @@ from ganglion.wire.frames import (
 from ganglion.wire.limits import CONTROL_MESSAGE_BYTES
 
 CLOSE_S: Final = 1.0
+_AS_CONTROL: Final[Mapping[Kind, int]] = MappingProxyType({})
 
 __all__ = ["CLOSE_S", "Dtype", "Expectation", "Kind", "Lane", "Message", "stale_epoch"]
 
@@ -103,10 +105,14 @@ class Lane(ABC):
         await self._send(tensor_header(kind, self._outward, step, exchange, array), array.data.cast("B"))
         self.sent_bytes += OVERHEAD_BYTES + array.nbytes
 
-    async def send_message(self, kind: Kind, step: int, payload: bytes, exchange: int = 0) -> None:
-        """Send a message, for example a serialized Step; raises also Exhausted beyond 4 MiB."""
+    async def send_message(self, kind: Kind, step: int, payload: bytes | memoryview, exchange: int = 0) -> None:
+        """Send a message, for example a serialized Step; raises also Exhausted beyond what one of its kind may be."""
         await self._send(message_header(kind, self._outward, step, exchange, len(payload)), payload)
         self.sent_bytes += OVERHEAD_BYTES + len(payload)
+
+    async def flush(self) -> None:
+        """Return when the stream has taken all that was sent: for who computes next, and only while the peer reads."""
+        await self._written()
 
     async def receive(self, expected: Expectation, into: NDArray[Any] | None = None) -> Any:
         """The one frame that may come now.
@@ -128,21 +134,23 @@ class Lane(ABC):
         return payload
 
     async def receive_any(
-        self, kinds: Collection[Kind] = (Kind.STEP,), largest_bytes: int = CONTROL_MESSAGE_BYTES
+        self, kinds: Collection[Kind] = (Kind.STEP,), largest_bytes: Mapping[Kind, int] = _AS_CONTROL
     ) -> Message:
         """A message of one of `kinds`, of any step: how a follower waits for the lead, and judges the step.
 
-        The peer's CLOSE is returned when it is one of `kinds`, and raises DeviceLost otherwise.
+        largest_bytes: of kinds whose messages may be larger or must be smaller than a control message. The peer's CLOSE
+        is returned when it is one of `kinds`, and raises DeviceLost otherwise.
         """
         try:
             packed = await self._header()
             header = parse(packed, self._inward)
             ending = header.kind is Kind.ERROR or (header.kind is Kind.CLOSE and Kind.CLOSE not in kinds)
             wanted = ending or header.kind in kinds
-            if not wanted or header.dtype != Dtype.BYTES or header.payload_bytes > largest_bytes:
+            most = largest_bytes.get(header.kind, CONTROL_MESSAGE_BYTES)
+            if not wanted or header.dtype != Dtype.BYTES or header.payload_bytes > most:
                 raise ProtocolViolation(
                     f"a {header.kind.name} frame of {header.payload_bytes} bytes from {self._who}, expected a message "
-                    f"of {', '.join(kind.name for kind in kinds)} of at most {largest_bytes} bytes"
+                    f"of {', '.join(kind.name for kind in kinds)} of at most {most} bytes"
                 )
             payload = await self._message(packed, header)
             if ending:

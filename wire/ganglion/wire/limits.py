@@ -30,6 +30,8 @@ ACTIVE_SILENCE_S: Final = 1.0
 SESSIONS_QUEUED: Final = 32  # per deployment; the next one is refused with Exhausted
 DRAFTS_BYTES: Final = 64 << 10  # of one message of a session after its Open
 DRAFTS_WAITING: Final = 64  # messages, until a session's lead takes them
+CHOICE_S: Final = 60.0  # a client that chooses may be silent for so long
+ASKED_IDS: Final = 8192  # of one question of a client that chooses
 EVENTS_QUEUED: Final = 256  # per client stream; then its generation is cancelled
 
 HTTP_HEADER_BYTES: Final = 16 << 10
@@ -42,6 +44,8 @@ LOGIT_BIASES: Final = 1024  # tokens of one session
 WINDOW_TOKENS: Final = 64  # drafted tokens of one session in one pass at most
 TREE_BRANCHES: Final = 4  # verified beside a session's window at most; each has key-value state of its own
 DRAFT_CREDITS: Final = 256  # drafted tokens of one session that a verifier holds at most
+ROUTED_TOKENS: Final = 512  # a report of a mixture's routes counts at least so many
+ROUTE_SETS: Final = 256  # of a layer in a report of routes, the most frequent ones
 TENANT_BYTES: Final = 64  # of the name that keeps one client's prompts from another's
 GRAMMAR_BYTES: Final = 256 << 10  # of llguidance's JSON; chains of its rules fit the compiling thread's stack
 GRAMMAR_RULES: Final = 500  # of Lark: the time to compile a chain of token rules grows with its square

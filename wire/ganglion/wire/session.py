@@ -1,14 +1,15 @@
 """Sessions: the sealed stream to the lead's worker, of a gateway or of the owner's device that drafts. One a session.
 
-Inside the sealing: `SessionRequest` (Open, then Drafts where there is a contract, then perhaps Cancel) one way,
-`SessionEvent` the other. Text stays at the gateway. Here the client's side; `session_serving` has the lead's.
+Inside the sealing: `SessionRequest` (Open, then Drafts where there is a contract, or Choose and Ask where the client
+chooses, then perhaps Cancel) one way, `SessionEvent` the other. Text stays at the gateway. Here the client's side;
+`session_serving` has the lead's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Final
 
 import grpc
@@ -80,9 +81,10 @@ class Opened:
         return self._end.received_bytes
 
     async def events(self) -> AsyncGenerator[lane_pb2.SessionEvent, None]:
-        """Accepted, Tokens, and at last Finished; to be called once. Closing the generator closes the session.
+        """Accepted, Tokens (Scored, to a client that chooses), and at last Finished; to be called once.
 
-        Raises what the lead fails with (its Failed event as an error of the tree), DeviceLost when the lead goes away.
+        Closing the generator closes the session. Raises what the lead fails with (its Failed event as an error of the
+        tree), DeviceLost when the lead goes away.
         """
         try:
             while not self._over:
@@ -104,9 +106,23 @@ class Opened:
 
         Raises Exhausted for more than DRAFTS_BYTES. A cancelled send ends the session.
         """
-        body = lane_pb2.SessionRequest(drafts=drafts).SerializeToString()
+        await self._say("drafts", lane_pb2.SessionRequest(drafts=drafts))
+
+    async def choose(self, position: int, tokens: Sequence[int]) -> None:
+        """Say what follows the Scored of `position`: one token, or several, of whose rows only the last is told.
+
+        Without tokens the session is over, and Finished comes. Otherwise as `send_drafts`.
+        """
+        await self._say("tokens", lane_pb2.SessionRequest(choose=lane_pb2.Choose(position=position, tokens=tokens)))
+
+    async def ask(self, position: int, ids: Sequence[int]) -> None:
+        """Ask for more of the Scored of `position`: the logits of `ids`, at most ASKED_IDS; none: of all."""
+        await self._say("ids", lane_pb2.SessionRequest(ask=lane_pb2.Ask(position=position, ids=ids)))
+
+    async def _say(self, what: str, request: lane_pb2.SessionRequest) -> None:
+        body = request.SerializeToString()
         if len(body) > DRAFTS_BYTES:
-            raise Exhausted(f"drafts of {len(body)} bytes, at most {DRAFTS_BYTES} are sent at a time")
+            raise Exhausted(f"{what} of {len(body)} bytes, at most {DRAFTS_BYTES} are sent at a time")
         if not self._over:
             with contextlib.suppress(GanglionError):
                 await self._end.send(REQUEST, body)

@@ -37,12 +37,14 @@ def check_client(record: VerifiedRecord, name: str) -> None:
 class Said:
     """What a session's client says while it runs.
 
-    `on_drafts` takes its Drafts, in order, on the event loop. The lead sets it before its first event; what comes
-    before waits. Where it is not set, Drafts are a violation. An error that it raises ends the session.
+    `on_drafts` takes its Drafts, in order, on the event loop; `on_choice` what a client that chooses says. The lead
+    sets one of them before its first event; Drafts that come before wait. Where it is not set, they are a violation.
+    An error that it raises ends the session.
     """
 
     def __init__(self) -> None:
         self.on_drafts: Callable[[lane_pb2.Drafts], None] | None = None
+        self.on_choice: Callable[[lane_pb2.Choose | lane_pb2.Ask], None] | None = None
         self._waiting: list[lane_pb2.Drafts] = []
         self._begun = False
         self._over = False
@@ -59,6 +61,19 @@ class Said:
             raise ProtocolViolation("drafts of a session that has no contract")
         else:
             self.on_drafts(drafts)
+
+    def choice(self, said: lane_pb2.Choose | lane_pb2.Ask) -> None:
+        """A message of a client that chooses came; raises ProtocolViolation, and what `on_choice` raises."""
+        if self._over:
+            return
+        if self.on_choice is None:
+            raise ProtocolViolation(f"{type(said).__name__} in a session whose client does not choose, or not yet")
+        self.on_choice(said)
+
+    @property
+    def listened(self) -> bool:
+        """Whether the lead takes anything that the client says."""
+        return self.on_drafts is not None or self.on_choice is not None
 
     def begin(self) -> None:
         """The session's first event is here: what waits is taken; raises as `hear`."""
@@ -118,8 +133,8 @@ class SessionServicer:
         try:
             await asyncio.wait({serving, listening}, return_when=asyncio.FIRST_COMPLETED)
             ended = serving if serving.done() else listening
-            if ended is serving and said.on_drafts is not None:
-                # Drafts may be under way: who writes to a stream that is over loses the events that it has not read.
+            if ended is serving and said.listened:
+                # More may be under way: who writes to a stream that is over loses the events that it has not read.
                 await asyncio.wait({listening}, timeout=HANDSHAKE_S)
         finally:
             for task in (serving, listening):
@@ -158,7 +173,7 @@ class SessionServicer:
 
 
 async def _listen(end: End, said: Said) -> None:
-    """Return when the client cancels or leaves; raises ProtocolViolation, and what the lead has against its drafts."""
+    """Return when the client cancels or leaves; raises ProtocolViolation, and what `said` raises."""
     while True:
         try:
             body = await end.receive(REQUEST)
@@ -172,6 +187,10 @@ async def _listen(end: End, said: Said) -> None:
                 return
             case "drafts":
                 said.hear(request.drafts)
+            case "choose":
+                said.choice(request.choose)
+            case "ask":
+                said.choice(request.ask)
             case other:
                 raise ProtocolViolation(f"{other or 'an empty request'} in a session that runs already")
 

@@ -2,7 +2,15 @@
 
 from ganglion.wire.nouns.device import BATCH_ROWS, PREFILL_ROWS, DeviceProfile, FormatRate
 from ganglion.wire.nouns.document import Document, digest, from_json, to_json
-from ganglion.wire.nouns.drafting import AwayPolicy, Drafter, Drafting, DraftMode, drafting_fault, id_files
+from ganglion.wire.nouns.drafting import (
+    AwayPolicy,
+    Drafter,
+    Drafting,
+    DraftMode,
+    drafting_fault,
+    id_files,
+    tokenizer_digest,
+)
 from ganglion.wire.nouns.manifest import (
     EXACT_POSITIONS,
     MANIFEST_FORMAT,
@@ -69,4 +77,5 @@ __all__ = [
     "id_files",
     "kv_capacity_tokens",
     "to_json",
+    "tokenizer_digest",
 ]

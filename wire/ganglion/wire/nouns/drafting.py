@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated, Literal
 
 import msgspec
@@ -13,6 +14,8 @@ from ganglion.wire.nouns.manifest import TOKENIZER_FILE, Count, Manifest, PieceR
 DraftMode = Literal["auto", "plain", "own", "sync", "ahead", "edge", "branch"]
 AwayPolicy = Literal["wait", "local", "fail"]
 Window = Annotated[int, msgspec.Meta(ge=0, le=WINDOW_TOKENS)]
+
+_TOKENIZER = b"ganglion.v1 tokenizer"
 
 
 class Drafter(Document, frozen=True, kw_only=True):
@@ -56,6 +59,14 @@ def id_files(manifest: Manifest) -> dict[str, PieceRef]:
     """
     one = manifest.tokenizer.get(TOKENIZER_FILE)
     return dict(manifest.tokenizer) if one is None else {TOKENIZER_FILE: one}
+
+
+def tokenizer_digest(manifest: Manifest) -> bytes:
+    """What ids mean: SHA-256 (32 bytes) over names and digests of the files that say it, in order of names."""
+    found = hashlib.sha256(_TOKENIZER)
+    for name, piece in sorted(id_files(manifest).items()):
+        found.update(len(name.encode()).to_bytes(4, "little") + name.encode() + bytes.fromhex(piece.digest))
+    return found.digest()
 
 
 def drafting_fault(target: Manifest, drafter: Manifest) -> str:

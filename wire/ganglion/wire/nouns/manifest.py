@@ -38,15 +38,17 @@ class Slot(Document, frozen=True, kw_only=True):
 
     `join`: how pieces of neighbouring groups are joined: "rows" (bytes one after the other; the output dimension is
     outermost, or each group is an initializer of its own), "columns" (every one of `rows` rows is the groups' rows side
-    by side), "whole" (one piece, in every share). `stored`: "" where pieces are the bytes of `weights.bin`; otherwise
-    they hold numbers of this type, which become float32 there.
+    by side), "whole" (one piece, in every share), "marks" (no pieces: a float32 for each group held, 1 for those in
+    `groups`, else 0). `stored`: "" where pieces are the bytes of `weights.bin`; otherwise
+    they hold numbers of this type, which become float32 there. groups: those that have a piece, in order; None for all.
     """
 
     name: str
-    join: Literal["rows", "columns", "whole"]
+    join: Literal["rows", "columns", "whole", "marks"]
     rows: Positive
     pieces: tuple[PieceRef, ...]
     stored: Literal["", "float16", "bfloat16"] = ""
+    groups: tuple[Count, ...] | None = None
 
     @property
     def growth(self) -> int:
@@ -58,7 +60,8 @@ class Segment(Document, frozen=True, kw_only=True):
     """One part of a layer, between two exchanges; it leaves a partial sum.
 
     kind: names its graphs (`Manifest.graphs["{kind}/{count}"]`). groups: how many it is split in. axis: which range of
-    a share applies, "heads" (key-value head groups) or "columns" (MLP column groups). attends: it has key-value state.
+    a share applies, "heads" (key-value head groups), "columns" (MLP column groups) or "experts" (a group is an expert,
+    and a share holds a set of them, `Share.experts`). attends: it has key-value state.
     rope: which of `Manifest.ropes` it takes, "" for none. takes: "add" takes residual and delta and gives the new
     residual; "keep" gives the residual as it was, and adds delta (what the segment before left on this device, not yet
     exchanged) to its partial sum; "carry" takes what the segment before carried, and delta, the sums that that one
@@ -68,7 +71,7 @@ class Segment(Document, frozen=True, kw_only=True):
     """
 
     kind: str
-    axis: Literal["heads", "columns"]
+    axis: Literal["heads", "columns", "experts"]
     groups: Positive
     slots: tuple[Slot, ...]
     attends: bool = False
@@ -166,6 +169,14 @@ class Manifest(Document, frozen=True, kw_only=True):
                       present_key, present_value (bound to the same buffers as past); its third attended -> partial
       head (kind "head", axis "columns"): res, delta -> logits f32[S, g * vocab_group_rows] (final norm inside)
     "{kind}/0" is what a device without a group runs: res, delta -> res_out, partial.
+    A segment of the axis "experts" has two graphs, run one after the other, "{kind}/0" the first of them only:
+      routing:        res, delta -> res_out, rows f32[S,H] (what experts take), chosen i64[S,k], weights f32[S,k]
+      experts:        rows f32[R,H], index i64[R] (of each row its expert, by place among those held) -> given f32[R,H]
+    Where its experts are of two formats, each has slots of its own (`Slot.groups`), and the graphs of a share are named
+    "{kind}/{n}+{m}": n experts held of the class's format, m of the other (`wire.shares.graph_name`). They are the same
+    whichever these are, for a slot says of each expert held which format it has.
+    Each row of `rows` goes once to each of its experts; the segment's partial sum is that of float32(weight * given),
+    added in float64 in exact classes, whoever holds them.
     Exact attention pads an odd S with a row of its own at position total: the buffers and cos, sin hold that position
     too (there is one: the last token of a full context is drawn and never run). At head dimensions above 128 it pads up
     to EXACT_POSITIONS positions in all, which they always hold.

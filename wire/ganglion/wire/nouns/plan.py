@@ -42,19 +42,28 @@ class Range(Document, frozen=True, array_like=True):
 
 
 class Share(Document, frozen=True, kw_only=True):
-    """One device's part of a stage: its groups along both axes, and of the output matrix (last stage only)."""
+    """One device's part of a stage: its groups along both axes, and of the output matrix (last stage only).
+
+    experts: of a model that is cut by experts, those that lie here, of each layer of the stage by rising number (() of
+    a layer without experts); () where the model is not cut so. An expert may lie on several devices.
+    expert_cache_bytes: memory for them where not all are held there at a time, the others on disk; 0: all in memory.
+    """
 
     device: NodeId
     heads: Range
     columns: Range
     vocab: Range
+    experts: tuple[tuple[Count, ...], ...] = ()
+    expert_cache_bytes: Count = 0
 
 
 class Stage(Document, frozen=True, kw_only=True):
     """A range of layers, tensor parallel over `shares`; a pipeline is several stages.
 
-    Invariant: the ranges of the shares partition each axis (vocab: in the last stage; empty in the others).
-    topology: how the partial sums are exchanged; in a star the hub is the first share's device.
+    Invariant: the ranges of the shares partition each axis (vocab: in the last stage; empty in the others), and every
+    expert lies on at least one share. topology: how the partial sums are exchanged; in a star the hub is the first
+    share's device. Expert parallel is a star whose first share has all of heads, columns and vocabulary: it sends rows
+    to those that hold their experts, and they send back what these give.
     """
 
     layers: Range
@@ -98,7 +107,7 @@ class Plan(Document, frozen=True, kw_only=True):
 class PlanOptions(Document, frozen=True, kw_only=True):
     """What a person asked of the planner; the defaults leave the choice to it."""
 
-    mode: Literal["auto", "single", "tensor", "pipeline"] = "auto"
+    mode: Literal["auto", "single", "tensor", "pipeline", "expert"] = "auto"
     devices: tuple[str, ...] = ()  # names or node ids; () = any
     shares: tuple[Positive, ...] = ()  # relative shares, one per device of `devices`; () = by measured speed
     topology: Literal["auto", "mesh", "star"] = "auto"
@@ -106,6 +115,8 @@ class PlanOptions(Document, frozen=True, kw_only=True):
     context: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 0  # 0: the model's own, at most what fits
     sessions: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0  # at a time, sharing the memory for up to 4; 0: 16
     chunk: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0  # 0: 256
+    # of each device, for the experts of a model that is cut by experts; those beyond stay on its disk; 0: for all
+    expert_memory_bytes: Count = 0
     private: bool = False  # only devices labelled owner
     # None: as many as one session's context and 8192, and as fit after weights and sessions; rounded up to whole blocks
     prefix_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**24)] | None = None
@@ -118,7 +129,7 @@ class PlanOptions(Document, frozen=True, kw_only=True):
 class Candidate(Document, frozen=True, kw_only=True):
     """One way to run the model, with what was predicted and why it was or was not chosen."""
 
-    mode: Literal["single", "tensor", "pipeline"]
+    mode: Literal["single", "tensor", "pipeline", "expert"]
     devices: tuple[str, ...]  # names
     feasible: bool
     chosen: bool
