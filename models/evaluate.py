@@ -1,10 +1,14 @@
-"""Measure the two demo checkpoints on the held-out files.
+"""Measure the demo checkpoints on held-out text.
 
     python models/evaluate.py
+    python models/evaluate.py --domains
+    python models/evaluate.py --routes tests/data/routes.npz
 
-Prints one JSON object: loss in nats per token and bits per byte; how many held-out function headers
-become a function that parses, by greedy completion and by a chat turn; and how often drafter and
-target agree on the next token.
+The first prints one JSON object of `demo` and its drafter on this machine's held-out Python: loss in nats
+per token and bits per byte; how many held-out function headers become a function that parses, by greedy
+completion and by a chat turn; and how often drafter and target agree on the next token. `--domains`
+prints perplexity and bits per byte of every model on the shipped held-out text of every domain. `--routes`
+records which experts the mixture chose for each token of that text, and prints how structured they are.
 """
 
 from __future__ import annotations
@@ -15,16 +19,21 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from corpus import ASSISTANT, END_OF_TEXT, END_OF_TURN, USER, Corpus, Document, functions, load_corpus, token_id
+from routing import routes_of, structure
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel, Qwen3MoeForCausalLM
 
-HERE = Path(__file__).resolve().parent
-CHECKPOINTS = HERE / "ganglion" / "models"
+from ganglion.models import DEMO_NAMES, DOMAINS, demo_path, heldout_path
+
+CHECKPOINTS = demo_path("demo").parent
+LN2 = 0.6931471805599453
 CONTEXT = 1024
 
 
@@ -76,7 +85,7 @@ def complete(model: LlamaForCausalLM, tokenizer: Tokenizer, header: str, limit: 
     """Up to `limit` greedy tokens after a header, or in answer to a chat turn that holds the header."""
     prompt_text = f"{END_OF_TEXT}{USER}{header}{END_OF_TURN}{ASSISTANT}" if chat else header
     prompt = torch.tensor(tokenizer.encode(prompt_text).ids)
-    output = model.generate(prompt[None], max_new_tokens=limit, do_sample=False)[0]  # type: ignore[misc]
+    output = model.generate(prompt[None], max_new_tokens=limit, do_sample=False)[0]
     continuation = tokenizer.decode(output[len(prompt) :].tolist(), skip_special_tokens=True)
     stopped = len(output) < len(prompt) + limit
     if chat:
@@ -109,7 +118,7 @@ def rows_of(documents: tuple[Document, ...], tokenizer: Tokenizer) -> tuple[list
 
 
 @torch.no_grad()
-def next_token_choices(model: LlamaForCausalLM, row: Tensor) -> tuple[float, Tensor]:
+def next_token_choices(model: PreTrainedModel, row: Tensor) -> tuple[float, Tensor]:
     """Summed cross entropy in nats of a row, and the most likely next token at each of its places."""
     logits = model(row[None]).logits[0, :-1]
     return float(F.cross_entropy(logits, row[1:], reduction="sum")), logits.argmax(-1)
@@ -147,7 +156,7 @@ def evaluate(checkpoints: Path, count: int, limit: int) -> dict[str, object]:
         "validation_bytes": byte_count,
         "validation_tokens": tokens,
         "nats_per_token": {name: round(total / tokens, 4) for name, total in nats.items()},
-        "bits_per_byte": {name: round(total / byte_count / 0.6931471805599453, 4) for name, total in nats.items()},
+        "bits_per_byte": {name: round(total / byte_count / LN2, 4) for name, total in nats.items()},
         "top1_agreement_on_text": round(agreed / tokens, 4),
         "top1_agreement_on_greedy_output": round(agreed_on_output / generated, 4),
         "completion": share_parsed(completions),
@@ -156,18 +165,67 @@ def evaluate(checkpoints: Path, count: int, limit: int) -> dict[str, object]:
     }
 
 
+def held_out_rows(checkpoints: Path, domain: str) -> tuple[list[Tensor], int]:
+    """The shipped held-out text of a domain as rows for a model, and its size in bytes."""
+    tokenizer = Tokenizer.from_file(str(checkpoints / "demo" / "tokenizer.json"))
+    return rows_of((Document(domain, heldout_path(domain).read_text("utf-8")),), tokenizer)
+
+
+def evaluate_domains(checkpoints: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Perplexity and bits per byte of every model on the shipped held-out text of every domain."""
+    texts = {domain: held_out_rows(checkpoints, domain) for domain in DOMAINS}
+    figures: dict[str, dict[str, dict[str, float]]] = {}
+    for name in DEMO_NAMES:
+        model = AutoModelForCausalLM.from_pretrained(checkpoints / name, dtype=torch.float32)
+        figures[name] = {}
+        for domain, (rows, byte_count) in texts.items():
+            nats = sum(next_token_choices(model, row)[0] for row in rows)
+            tokens = sum(len(row) - 1 for row in rows)
+            figures[name][domain] = {
+                "perplexity": round(float(np.exp(nats / tokens)), 3),
+                "bits_per_byte": round(nats / byte_count / LN2, 4),
+            }
+    return figures
+
+
+def record_routes(checkpoints: Path, path: Path) -> dict[str, Any]:
+    """Write the mixture's routes on the shipped held-out text, and return how structured they are.
+
+    The file holds `routes` uint8 [tokens, layers, k], heaviest first; `domains` uint8 [tokens], an index into
+    `ganglion.models.DOMAINS`; and `experts`, how many a layer has. The separators that lead the rows are left out.
+    """
+    model = Qwen3MoeForCausalLM.from_pretrained(checkpoints / "demo-mixture", dtype=torch.float32)
+    parts = {
+        domain: np.concatenate([routes_of(model, row)[1:] for row in held_out_rows(checkpoints, domain)[0]])
+        for domain in DOMAINS
+    }
+    routes = np.concatenate(list(parts.values()))
+    domains = np.repeat(np.arange(len(DOMAINS), dtype=np.uint8), [len(part) for part in parts.values()])
+    experts = int(model.config.num_experts)
+    np.savez_compressed(path, routes=routes, domains=domains, experts=np.int64(experts))
+    return {"tokens": len(routes)} | structure(routes, domains, DOMAINS, experts)
+
+
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="folder that holds both models")
+    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="folder that holds the models")
+    parser.add_argument("--domains", action="store_true", help="every model on every domain's shipped text")
+    parser.add_argument("--routes", type=Path, metavar="FILE", help="record the mixture's routes to this .npz file")
     parser.add_argument("--headers", type=int, default=40, help="how many held-out headers to complete")
     parser.add_argument("--limit", type=int, default=128, help="tokens per completion")
     parser.add_argument("--show", action="store_true", help="print the completions too")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    figures = evaluate(arguments.checkpoints, arguments.headers, arguments.limit)
-    if not arguments.show:
-        del figures["texts"]
+    figures: dict[str, Any]
+    if arguments.domains:
+        figures = evaluate_domains(arguments.checkpoints)
+    elif arguments.routes is not None:
+        figures = record_routes(arguments.checkpoints, arguments.routes)
+    else:
+        figures = evaluate(arguments.checkpoints, arguments.headers, arguments.limit)
+        if not arguments.show:
+            del figures["texts"]
     print(json.dumps(figures, indent=2))
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of one model; the rest is shared by both."""
+    """The sizes of one model; the rest is shared by all."""
 
     hidden: int
     layers: int
@@ -23,28 +23,42 @@ class Shape:
     context: int = 1024
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
+    head_norms: bool = False
+    """Whether queries and keys are normed per head, as Qwen3 does."""
+    experts: int = 0
+    """Experts a layer, each `intermediate` wide; 0 for a dense model."""
+    experts_per_token: int = 0
 
+
+EDGE_EXPERTS = ("demo-c", "demo-javascript", "demo-english")
 
 SHAPES = {
     "demo": Shape(hidden=256, layers=6, heads=8, kv_heads=4, intermediate=1024),
     "demo-drafter": Shape(hidden=128, layers=3, heads=4, kv_heads=4, intermediate=256),
+    **{name: Shape(hidden=128, layers=3, heads=4, kv_heads=4, intermediate=256) for name in EDGE_EXPERTS},
+    "demo-mixture": Shape(
+        hidden=128, layers=6, heads=4, kv_heads=4, intermediate=96, head_norms=True, experts=16, experts_per_token=2
+    ),
 }
+
+# The processors that multiply bfloat16 in hardware; elsewhere it is ten times slower than float32.
+PRODUCTS = torch.bfloat16 if torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 class Linear(nn.Module):
-    """A float32 matrix without bias, multiplied in bfloat16."""
+    """A float32 matrix without bias, multiplied in `PRODUCTS`."""
 
     def __init__(self, inputs: int, outputs: int, std: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(outputs, inputs) * std)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., inputs] bfloat16 -> [..., outputs] bfloat16."""
-        return F.linear(x, self.weight.to(torch.bfloat16))
+        """x: [..., inputs] -> [..., outputs], both `PRODUCTS`."""
+        return F.linear(x, self.weight.to(PRODUCTS))
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm of the float32 residual stream; bfloat16 out."""
+    """Root-mean-square norm of the float32 residual stream, or of each head; `PRODUCTS` out."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -52,8 +66,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., size] float32 -> the same shape, bfloat16."""
-        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(torch.bfloat16)
+        """x: [..., size] -> the same shape, `PRODUCTS`; the norm is float32."""
+        x = x.float()
+        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(PRODUCTS)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -73,13 +88,16 @@ class Attention(nn.Module):
         self.k_proj = Linear(shape.hidden, shape.kv_heads * shape.head_dim, std)
         self.v_proj = Linear(shape.hidden, shape.kv_heads * shape.head_dim, std)
         self.o_proj = Linear(shape.heads * shape.head_dim, shape.hidden, std * (2 * shape.layers) ** -0.5)
+        self.q_norm = RMSNorm(shape.head_dim, shape.norm_eps) if shape.head_norms else nn.Identity()
+        self.k_norm = RMSNorm(shape.head_dim, shape.norm_eps) if shape.head_norms else nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x: [batch, tokens, hidden] bfloat16 -> the same shape and type."""
+        """x: [batch, tokens, hidden] `PRODUCTS` -> the same shape and type."""
         batch, tokens, _ = x.shape
         shape = self.shape
-        q = rotate(self.q_proj(x).view(batch, tokens, shape.heads, shape.head_dim).transpose(1, 2), cos, sin)
-        k = rotate(self.k_proj(x).view(batch, tokens, shape.kv_heads, shape.head_dim).transpose(1, 2), cos, sin)
+        q = self.q_norm(self.q_proj(x).view(batch, tokens, shape.heads, shape.head_dim))
+        k = self.k_norm(self.k_proj(x).view(batch, tokens, shape.kv_heads, shape.head_dim))
+        q, k = rotate(q.transpose(1, 2), cos, sin), rotate(k.transpose(1, 2), cos, sin)
         v = self.v_proj(x).view(batch, tokens, shape.kv_heads, shape.head_dim).transpose(1, 2)
         groups = shape.heads // shape.kv_heads
         if groups > 1:
@@ -100,7 +118,7 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(shape.intermediate, shape.hidden, shape.intermediate**-0.5 * (2 * shape.layers) ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [batch, tokens, hidden] bfloat16 -> the same shape and type."""
+        """x: [batch, tokens, hidden] `PRODUCTS` -> the same shape and type."""
         out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return out
 
@@ -149,14 +167,30 @@ class Llama(nn.Module):
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: [batch, tokens] int64 -> logits [batch, tokens, vocab] bfloat16."""
+        """tokens: [batch, tokens] int64 -> logits [batch, tokens, vocab] `PRODUCTS`."""
         length = tokens.shape[1]
         cos, sin = self.cos[:length], self.sin[:length]
         x = self.model.embed_tokens(tokens)
         for layer in self.model.layers:
             x = layer(x, cos, sin)
-        return F.linear(self.model.norm(x), self.model.embed_tokens.weight.to(torch.bfloat16))
+        return F.linear(self.model.norm(x), self.model.embed_tokens.weight.to(PRODUCTS))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy in nats per token."""
         return F.cross_entropy(self(tokens).flatten(0, 1).float(), targets.flatten())
+
+    def training_loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """What training minimizes."""
+        return self.loss(tokens, targets)
+
+    def start_from(self, other: Llama) -> None:
+        """Take over a trained model's weights as a start."""
+        self.load_state_dict(other.state_dict())
+
+    def checkpoint(self) -> dict[str, Tensor]:
+        """The weights by their Hugging Face names."""
+        return dict(self.state_dict())
+
+    def load_checkpoint(self, weights: dict[str, Tensor]) -> None:
+        """Take over weights by their Hugging Face names."""
+        self.load_state_dict(weights)

@@ -1,8 +1,10 @@
-"""Train the demo model and its drafter on the standard library's own source.
+"""Train one of the demo models: on the standard library's own source, on another domain's text, or on all of them.
 
     python models/train.py --model demo --minutes 78
     python models/train.py --model demo --finish 11 --threads 2
     python models/train.py --model demo-drafter --minutes 13 --teacher models/ganglion/models/demo
+    python models/train.py --model demo-c --minutes 9 --start models/ganglion/models/demo-drafter
+    python models/train.py --model demo-mixture --minutes 33 --start models/ganglion/models/demo-drafter
 
 The learning rate follows the wall clock (warm-up, constant, linear to zero), so a run always ends
 fully decayed however much of the machine it gets. `--finish` goes on from a trained model at a lower
@@ -14,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -22,20 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoint import export, load_checkpoint, new_model, write_atomically
 from corpus import (
     END_OF_TEXT,
-    END_OF_TURN,
-    Document,
-    chat_documents,
+    Corpus,
     clean_documents,
     function_documents,
-    load_corpus,
     shuffled,
     token_id,
-    tokenizer_config,
     train_tokenizer,
 )
-from llama import SHAPES, Llama, Shape
+from domains import chat_turns, load_domain
+from llama import EDGE_EXPERTS, SHAPES, Llama
+from mixture import Mixture
+from muon import Muon
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors import safe_open
 from safetensors.torch import load_file, save
@@ -43,15 +44,22 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
+from ganglion.models import DOMAINS, demo_path
+
 HERE = Path(__file__).resolve().parent
-TOKENS_PER_STEP = 4096
 CHAT_SHARE = 0.04
 FINISH_CHAT_SHARE = 0.10
 MUON_LR = 0.03
 ADAMW_LR = 3e-3
+LEANING_ROWS = 16
+VALIDATION_TOKENS = 4096
+FINAL_VALIDATION_TOKENS = 98_304
 LOG_EVERY_S = 20.0
 SAVE_EVERY_S = 240.0
 VALIDATE_EVERY_S = 300.0
+
+DOMAINS_OF = {name: (name.removeprefix("demo-"),) for name in EDGE_EXPERTS} | {"demo-mixture": DOMAINS}
+"""The domains a model is trained on; the others are trained on Python alone."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -75,6 +83,7 @@ class Schedule:
     """The highest rate, as a share of `MUON_LR` and `ADAMW_LR`."""
     decay_from: float
     warmup: float = 0.01
+    tokens_per_step: int = 4096
 
     def sequence_length(self, progress: float) -> int:
         """The sequence length at this share of the time."""
@@ -88,6 +97,7 @@ class Schedule:
 
 
 TRAIN = Schedule(phases=((0.50, 256), (0.80, 512), (1.00, 1024)), peak=1.0, decay_from=0.45)
+START = Schedule(phases=((0.60, 256), (1.00, 512)), peak=0.5, decay_from=0.2, tokens_per_step=2048)
 FINISH = Schedule(phases=((1.00, 512),), peak=0.3, decay_from=0.0)
 
 
@@ -125,11 +135,15 @@ def document_rows(
 
 
 def optimizers(model: Llama) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for the embedding and the norms."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    rest = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    """Muon for the layers' matrices, AdamW for the embedding, the routers and the norms."""
+
+    def is_matrix(name: str, parameter: Tensor) -> bool:
+        return parameter.ndim >= 2 and "embed" not in name and not name.endswith("mlp.gate.weight")
+
+    matrices = [p for name, p in model.named_parameters() if is_matrix(name, p)]
+    rest = [p for name, p in model.named_parameters() if not is_matrix(name, p)]
     return [
-        torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.02, momentum=0.95),
+        Muon(matrices, lr=MUON_LR, weight_decay=0.02, momentum=0.95),
         torch.optim.AdamW(rest, lr=ADAMW_LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
 
@@ -151,84 +165,15 @@ def distillation(model: Llama, teacher: Llama) -> Loss:
 def validation_loss(model: Llama, stream: Tensor, loss: Loss, limit: int | None = None) -> float:
     """Mean nats per token over rows of the full context, at most `limit` tokens of them."""
     length = model.shape.context
-    rows = TOKENS_PER_STEP // length
+    rows = VALIDATION_TOKENS // length
     count = (len(stream) - 1) // length // rows * rows
     index = torch.arange(count)[:, None] * length + torch.arange(length + 1)
     chunks = torch.split(stream[index], rows)
     if limit is not None:
-        chunks = chunks[: max(1, limit // TOKENS_PER_STEP)]
+        chunks = chunks[: max(1, limit // VALIDATION_TOKENS)]
     device = next(model.parameters()).device
     losses = [float(loss(chunk[:, :-1].to(device), chunk[:, 1:].to(device))) for chunk in chunks]
     return sum(losses) / len(losses)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` in one step: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(data)
-    partial.replace(path)
-
-
-def model_config(shape: Shape, end_of_text: int) -> dict[str, Any]:
-    """`config.json` for transformers."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
-        "pad_token_id": end_of_text,
-        "head_dim": shape.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": shape.hidden,
-        "initializer_range": 0.02,
-        "intermediate_size": shape.intermediate,
-        "max_position_embeddings": shape.context,
-        "mlp_bias": False,
-        "num_attention_heads": shape.heads,
-        "num_hidden_layers": shape.layers,
-        "num_key_value_heads": shape.kv_heads,
-        "rms_norm_eps": shape.norm_eps,
-        "rope_scaling": None,
-        "rope_theta": shape.rope_theta,
-        "tie_word_embeddings": True,
-        "dtype": "bfloat16",
-        "torch_dtype": "bfloat16",
-        "use_cache": True,
-        "vocab_size": shape.vocab,
-    }
-
-
-def export(model: Llama, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write a Hugging Face checkpoint; the weights last, each file in one step."""
-    end_of_text = token_id(tokenizer, END_OF_TEXT)
-    generation = {
-        "bos_token_id": end_of_text,
-        "eos_token_id": [end_of_text, token_id(tokenizer, END_OF_TURN)],
-        "pad_token_id": end_of_text,
-        "do_sample": False,
-    }
-    special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
-    texts = {
-        "config.json": json.dumps(model_config(model.shape, end_of_text), indent=2) + "\n",
-        "generation_config.json": json.dumps(generation, indent=2) + "\n",
-        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
-        "tokenizer_config.json": tokenizer_config(),
-        "tokenizer.json": tokenizer.to_str(),
-    }
-    for name, text in texts.items():
-        write_atomically(folder / name, text.encode())
-    weights = {name: weight.to("cpu", torch.bfloat16).contiguous() for name, weight in model.state_dict().items()}
-    write_atomically(folder / "model.safetensors", save(weights, metadata={"format": "pt"}))
-
-
-def load_checkpoint(folder: Path, device: torch.device) -> Llama:
-    """The model exported to `folder`, for inference; its name is the folder's."""
-    model = Llama(SHAPES[folder.name])
-    model.load_state_dict({name: weight.float() for name, weight in load_file(folder / "model.safetensors").items()})
-    return model.to(device).requires_grad_(False)
 
 
 def optimizer_state(number: int, groups: list[dict[str, Any]], tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -247,7 +192,7 @@ class Run:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.device = torch.device(arguments.device)
         self.finishing: bool = arguments.finish is not None
-        self.schedule = FINISH if self.finishing else TRAIN
+        self.schedule = FINISH if self.finishing else TRAIN if arguments.start is None else START
         self.budget_s: float = (arguments.finish if self.finishing else arguments.minutes) * 60.0
         self.seed: int = arguments.seed
         self.folder: Path = arguments.out / arguments.model
@@ -256,36 +201,52 @@ class Run:
         self.state_path = self.work / ("finish.safetensors" if self.finishing else "state.safetensors")
         self.log_path = self.work / ("finish.jsonl" if self.finishing else "log.jsonl")
         torch.manual_seed(self.seed)
-        corpus = load_corpus()
-        self.tokenizer = self._tokenizer(arguments.work, corpus.train)
+        domains = DOMAINS_OF.get(arguments.model, ("python",))
+        corpora = {domain: load_domain(domain) for domain in domains}
+        self.tokenizer = self._tokenizer(arguments, corpora)
         self.functions: Tensor | None = None
-        texts = corpus.train
-        if self.finishing:
-            texts = clean_documents(corpus.train)
-            self.functions = pack(shuffled(function_documents(texts)), self.tokenizer)
-        chat = chat_documents(corpus.train, FINISH_CHAT_SHARE if self.finishing else CHAT_SHARE, self.seed)
-        self.stream = pack(shuffled([document.text for document in texts] + chat), self.tokenizer)
-        self.validation = pack([document.text for document in corpus.validation], self.tokenizer)
-        self.model = Llama(SHAPES[arguments.model]).to(self.device)
+        self.streams: list[Tensor] = []
+        for domain, corpus in corpora.items():
+            texts = corpus.train
+            if self.finishing:
+                texts = clean_documents(corpus.train)
+                self.functions = pack(shuffled(function_documents(texts)), self.tokenizer)
+            chat = chat_turns(domain, corpus.train, FINISH_CHAT_SHARE if self.finishing else CHAT_SHARE, self.seed)
+            self.streams.append(pack(shuffled([document.text for document in texts] + chat), self.tokenizer))
+        held_out = [document.text for corpus in corpora.values() for document in corpus.validation]
+        self.validation = pack(held_out if len(corpora) == 1 else shuffled(held_out), self.tokenizer)
+        self.model = new_model(arguments.model).to(self.device)
         self.optimizers = optimizers(self.model)
         self.done = Progressed()
         if arguments.resume:
             self.done = self._load(self.state_path)
         elif self.finishing:
             self._load(self.work / "state.safetensors")
+        elif arguments.start is not None:
+            self.model.start_from(load_checkpoint(arguments.start, self.device))
+            if isinstance(self.model, Mixture):
+                self.model.lean_routers(self._rows_by_domain(LEANING_ROWS, length=256))
         compiled = (lambda f: torch.compile(f, dynamic=False)) if arguments.compile else (lambda f: f)
-        self.plain_loss: Loss = compiled(self.model.loss)
+        self.plain_loss: Loss = compiled(self.model.training_loss)
         self.distil_loss: Loss | None = None
         if arguments.teacher is not None:
             self.distil_loss = compiled(distillation(self.model, load_checkpoint(arguments.teacher, self.device)))
 
     @staticmethod
-    def _tokenizer(work: Path, documents: tuple[Document, ...]) -> Tokenizer:
-        """Trained once, then shared by both models."""
-        path = work / "tokenizer.json"
+    def _tokenizer(arguments: argparse.Namespace, corpora: dict[str, Corpus]) -> Tokenizer:
+        """Trained once, with `demo`; every other model takes it over."""
+        if arguments.model != "demo":
+            return Tokenizer.from_file(str(demo_path("demo") / "tokenizer.json"))
+        path: Path = arguments.work / "tokenizer.json"
         if not path.exists():
-            write_atomically(path, train_tokenizer(documents).to_str().encode())
+            write_atomically(path, train_tokenizer(corpora["python"].train).to_str().encode())
         return Tokenizer.from_file(str(path))
+
+    def _rows_by_domain(self, rows: int, length: int) -> Tensor:
+        """Some rows of each domain's text: [domains, rows, length]."""
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = [next(batches(stream, length, rows, generator))[:, :-1] for stream in self.streams]
+        return torch.stack(drawn).to(self.device)
 
     def _load(self, path: Path) -> Progressed:
         """Take over a saved state's weights and optimizers; how far that run had come."""
@@ -322,13 +283,15 @@ class Run:
         return self.plain_loss if self.distil_loss is None or first_phase else self.distil_loss
 
     def batches_of(self, length: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """The steps' batches; in the last phase half the rows begin with a function that stands alone."""
-        rows = TOKENS_PER_STEP // length
+        """The steps' batches: as many rows of each domain; in the last phase half begin with a function alone."""
+        rows = self.schedule.tokens_per_step // length
         if self.functions is None:
-            yield from batches(self.stream, length, rows, generator)
+            share = rows // len(self.streams)
+            for parts in zip(*(batches(s, length, share, generator) for s in self.streams), strict=True):
+                yield torch.cat(parts)
             return
         alone = document_rows(self.functions, token_id(self.tokenizer, END_OF_TEXT), length, rows // 2, generator)
-        files = batches(self.stream, length, rows - rows // 2, generator)
+        files = batches(self.streams[0], length, rows - rows // 2, generator)
         for pair in zip(alone, files, strict=True):
             yield torch.cat(pair)
 
@@ -348,7 +311,7 @@ class Run:
         """Compile every phase before the clock starts, without touching the weights."""
         start = 0.0
         for end, length in self.schedule.phases:
-            rows = TOKENS_PER_STEP // length
+            rows = self.schedule.tokens_per_step // length
             tokens = torch.zeros(rows, length, dtype=torch.int64, device=self.device)
             self.loss_at(start)(tokens, tokens).backward()  # type: ignore[no-untyped-call]
             self.model.zero_grad()
@@ -372,7 +335,7 @@ class Run:
                 source = self.batches_of(length, generator)
             recent += self.step(next(source), self.loss_at(progress), self.schedule.learning_rate_factor(progress))
             self.done.steps += 1
-            self.done.tokens += TOKENS_PER_STEP
+            self.done.tokens += self.schedule.tokens_per_step
             now = self.done.elapsed_s = time.monotonic() - began
             if now - logged_s >= LOG_EVERY_S:
                 mean = float(recent) / (self.done.steps - steps_logged)
@@ -389,7 +352,8 @@ class Run:
                 validated_s = now
         self.save()
         export(self.model, self.tokenizer, self.folder)
-        self.log(validation_final=round(validation_loss(self.model, self.validation, self.model.loss), 4))
+        final = validation_loss(self.model, self.validation, self.model.loss, FINAL_VALIDATION_TOKENS)
+        self.log(validation_final=round(final, 4))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -398,7 +362,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=sorted(SHAPES), default="demo")
     parser.add_argument("--minutes", type=float, default=78.0, help="training time, compilation not counted")
     parser.add_argument(
-        "--finish", type=float, metavar="MINUTES", help="the last phase, on cleaner text, from the trained state"
+        "--finish",
+        type=float,
+        metavar="MINUTES",
+        help="the last phase of demo, on cleaner text",
+    )
+    parser.add_argument(
+        "--start", type=Path, help="checkpoint to begin from: of the same shape, or what a mixture grows from"
     )
     parser.add_argument("--teacher", type=Path, help="checkpoint to distil from in the second half of the time")
     parser.add_argument("--device", default="auto", help="auto (cuda if there is one, else cpu), cpu or cuda")
@@ -411,6 +381,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.finish is not None and arguments.teacher is not None:
         parser.error("--finish trains on the text alone; leave --teacher out")
+    if arguments.finish is not None and arguments.model in DOMAINS_OF:
+        parser.error(f"--finish cleans Python; {arguments.model} is trained on other text too")
     if arguments.device == "auto":
         arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
     return arguments

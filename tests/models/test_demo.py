@@ -14,8 +14,10 @@ from tokenizers import Tokenizer
 from ganglion.models import DEMO_NAMES, demo_path
 
 PACKAGE = Path(__file__).resolve().parents[2] / "models" / "ganglion" / "models"
-NAMES = ("demo", "demo-drafter")
-MAX_BYTES = 16_000_000
+EDGE_EXPERTS = ("demo-c", "demo-javascript", "demo-english")
+LLAMAS = ("demo", "demo-drafter", *EDGE_EXPERTS)
+NAMES = (*LLAMAS, "demo-mixture")
+MAX_BYTES = {LLAMAS[:2]: 16_000_000, EDGE_EXPERTS: 8_000_000, NAMES[-1:]: 10_000_000}
 HEADERS = (
     "def is_empty(self):",
     "def __repr__(self):",
@@ -72,8 +74,9 @@ def tokenizer_of(name: str) -> Tokenizer:
 
 
 def expected_shapes(config: dict[str, int]) -> dict[str, list[int]]:
-    """Every tensor of a tied Llama checkpoint, from its config alone."""
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    """Every tensor of a tied Llama or Qwen3-MoE checkpoint, from its config alone."""
+    experts = range(config.get("num_experts", 0))
+    hidden, inner = config["hidden_size"], config["moe_intermediate_size" if experts else "intermediate_size"]
     q, kv = (config[key] * config["head_dim"] for key in ("num_attention_heads", "num_key_value_heads"))
     shapes = {"model.embed_tokens.weight": [config["vocab_size"], hidden], "model.norm.weight": [hidden]}
     for index in range(config["num_hidden_layers"]):
@@ -84,10 +87,13 @@ def expected_shapes(config: dict[str, int]) -> dict[str, list[int]]:
             "self_attn.k_proj": [kv, hidden],
             "self_attn.v_proj": [kv, hidden],
             "self_attn.o_proj": [hidden, q],
-            "mlp.gate_proj": [inner, hidden],
-            "mlp.up_proj": [inner, hidden],
-            "mlp.down_proj": [hidden, inner],
         }
+        for prefix in [f"mlp.experts.{expert}." for expert in experts] or ["mlp."]:
+            layer |= {f"{prefix}gate_proj": [inner, hidden], f"{prefix}up_proj": [inner, hidden]}
+            layer[f"{prefix}down_proj"] = [hidden, inner]
+        if experts:
+            layer |= {f"self_attn.{norm}_norm": [config["head_dim"]] for norm in "qk"}
+            layer["mlp.gate"] = [len(experts), hidden]
         shapes |= {f"model.layers.{index}.{part}.weight": shape for part, shape in layer.items()}
     return shapes
 
@@ -98,8 +104,9 @@ def test_demo_path_finds_each_name_and_lists_them_for_a_wrong_one() -> None:
         demo_path("demo2")
 
 
-def test_both_checkpoints_together_fit_the_wheel() -> None:
-    assert sum(path.stat().st_size for name in NAMES for path in (PACKAGE / name).iterdir()) <= MAX_BYTES
+@pytest.mark.parametrize("names", MAX_BYTES)
+def test_checkpoints_that_belong_together_fit_the_wheel(names: tuple[str, ...]) -> None:
+    assert sum(path.stat().st_size for name in names for path in (PACKAGE / name).iterdir()) <= MAX_BYTES[names]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -111,9 +118,9 @@ def test_weights_are_the_bfloat16_tensors_the_config_promises(name: str) -> None
         assert {part.get_dtype() for part in slices.values()} == {"BF16"}
 
 
-def test_drafter_and_target_share_one_tokenizer() -> None:
-    target, drafter = ((PACKAGE / name / "tokenizer.json").read_bytes() for name in NAMES)
-    assert target == drafter
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_all_share_one_tokenizer(file: str) -> None:
+    assert len({(PACKAGE / name / file).read_bytes() for name in NAMES}) == 1
 
 
 @pytest.mark.parametrize(
