@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from ganglion.agent.executor.graph_file import check_graph
 from ganglion.partitioner.cut import numeric_class, partition
+from ganglion.partitioner.families.model import Experts
 from ganglion.partitioner.sink import DirectorySink
 from ganglion.wire.nouns import Manifest, Range, Segment
 from ganglion.wire.shares import weights_size
@@ -55,11 +56,17 @@ class CutModels:
             return make(name, root / name)
 
         @cache
-        def cut(name: str, weight_format: str = "fp32", fast: bool = False, block: int | None = None) -> CutModel:
+        def cut(
+            name: str,
+            weight_format: str = "fp32",
+            fast: bool = False,
+            block: int | None = None,
+            experts: Experts = "columns",
+        ) -> CutModel:
             path = checkpoint(name)
             chosen = numeric_class(path, weight_format, fast=fast, block=block)  # type: ignore[arg-type]
             sink = DirectorySink(root / "pieces")
-            return CutModel(path, partition(path, sink, name=name, numeric_class=chosen), sink)
+            return CutModel(path, partition(path, sink, name=name, numeric_class=chosen, experts=experts), sink)
 
         @cache
         def reference(name: str) -> Any:

@@ -78,6 +78,8 @@ NOTES: Final = f"""
 * **Mixtures.** A column group is a run of columns of every expert (at most 4 groups in exact classes, 16 in fast ones),
   so a device with all groups of a layer holds its experts whole. Routers are float32 in every class. DeepSeek's latent
   is replicated; its cache holds full heads.
+* **Mixtures by experts** (`--experts whole`; `--mode expert` implies it). A group is one whole expert: one device holds
+  the rest of the model, the experts lie anywhere, in any numbers; or a pipeline, or one device. Not tensor parallel.
 
 ## Limits
 

@@ -6,7 +6,7 @@ It is the reference that the agent's executor and exchange are compared with, an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,19 @@ import onnxruntime as ort
 from ganglion.agent.executor.loader import start_runtime
 from ganglion.partitioner.sink import DirectorySink
 from ganglion.wire.nouns import EXACT_POSITIONS, WEIGHTS_FILE, Manifest, PieceRef, Range, Segment
-from ganglion.wire.shares import weights_size, write_weights
+from ganglion.wire.shares import Groups, every_expert, graph_name, group_count, held_groups, weights_size, write_weights
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 
 @dataclass(frozen=True)
 class Cut:
-    """One share's ranges of groups along the three axes."""
+    """One share's ranges of groups along the three axes, and of a model cut by experts those of every layer."""
 
     heads: Range
     columns: Range
     vocab: Range
+    experts: tuple[tuple[int, ...], ...] = ()
 
 
 def cut_evenly(manifest: Manifest, weights: Sequence[float]) -> list[Cut]:
@@ -41,16 +42,41 @@ def cut_evenly(manifest: Manifest, weights: Sequence[float]) -> list[Cut]:
 
     g = manifest.geometry
     axes = zip(ranges(g.head_groups), ranges(g.column_groups), ranges(g.vocab_groups), strict=True)
-    return [Cut(*axis) for axis in axes]
+    every = every_expert(manifest.layers)
+    held = [ranges(len(one)) for one in every]
+    return [
+        Cut(*axis, tuple(tuple(range(one[rank].start, one[rank].stop)) for one in held))
+        for rank, axis in enumerate(axes)
+    ]
+
+
+def apart(manifest: Manifest, devices: int) -> list[Cut]:
+    """Shares of which the first has all but experts, which lie in turn on all, the last expert of a layer on two."""
+    lead, *_ = cut_evenly(manifest, (1, *[0] * (devices - 1)))
+    every = every_expert(manifest.layers)
+    empty = cut_evenly(manifest, (1, *[0] * (devices - 1)))[1:]
+    held = [
+        tuple(tuple(sorted({*one[rank::devices], *one[-1:]} if rank < 2 else one[rank::devices])) for one in every)
+        for rank in range(devices)
+    ]
+    return [replace(one, experts=experts) for one, experts in zip([lead, *empty], held, strict=True)]
 
 
 def chained(sessions: Sequence[ort.InferenceSession], feeds: dict[str, Any]) -> dict[str, Any]:
     """The outputs of graphs that run one after the other, by name."""
     found: dict[str, Any] = {}
     for session in sessions:
-        taken = {one.name: (feeds | found)[one.name] for one in session.get_inputs()}
-        found |= zip([one.name for one in session.get_outputs()], session.run(None, taken), strict=True)
+        found |= run_rows(session, {one.name: (feeds | found)[one.name] for one in session.get_inputs()})
     return found
+
+
+def run_rows(session: ort.InferenceSession, feeds: dict[str, Any]) -> dict[str, Any]:
+    """The outputs of a graph by name; a lone row is run twice, for on AVX2 int4 gives it other bits alone."""
+    lone = all(len(rows) == 1 and rows.ndim == 2 for rows in feeds.values())
+    taken = {name: np.repeat(rows, 2, axis=0) for name, rows in feeds.items()} if lone else feeds
+    names = [one.name for one in session.get_outputs()]
+    outputs = session.run(None, taken)
+    return dict(zip(names, (one[:1] for one in outputs) if lone else outputs, strict=True))
 
 
 class Runner:
@@ -78,7 +104,7 @@ class Runner:
         for rank, share in enumerate(self.shares):
             for layer, entry in enumerate((*manifest.layers, *manifest.prompt_layers)):
                 for half, segment in enumerate(entry.segments):
-                    self._open((rank, layer, half), segment, self._range(share, segment))
+                    self._open((rank, layer, half), segment, held_groups(share, segment, layer))
             self._open((rank, -1, 0), manifest.head, share.vocab)
         self.ropes: dict[str, list[Floats]] = {}
         for name, tables in manifest.ropes.items():
@@ -128,6 +154,11 @@ class Runner:
         number = 0
         for layer, entry in enumerate(manifest.prompt_layers if first else manifest.layers):
             for half, segment in enumerate(entry.segments):
+                if segment.axis == "experts":
+                    res, delta = self._mixture(layer, half, res, deltas[0], segment.experts)
+                    deltas = [delta] * len(self.shares)
+                    number += 1
+                    continue
                 left: list[Any] = []
                 for rank, share in enumerate(self.shares):
                     sessions = self.sessions.get((rank, first + layer, half))
@@ -136,7 +167,7 @@ class Runner:
                         continue
                     feeds: dict[str, Any] = {"delta": deltas[rank]}
                     feeds |= {"carry": carried[rank]} if segment.takes == "carry" else {"res": res}
-                    if segment.attends and self._range(share, segment).count:
+                    if segment.attends and share.heads.count:
                         feeds |= self._attention_feeds(rank, layer, start, len(res), segment.rope)
                     found = chained(sessions, feeds)
                     if "present_key" in found:
@@ -157,9 +188,25 @@ class Runner:
                 number += 1
         return res, deltas[0]
 
+    def _mixture(self, layer: int, half: int, res: Floats, delta: Any, each: int) -> tuple[Floats, Any]:
+        """Whole experts, a row of one expert at a time, on the last share that holds it."""
+        first, *_ = self.sessions[0, layer, half]
+        found = run_rows(first, {"res": res, "delta": delta})
+        res, rows, chosen, weights = (found[name] for name in ("res_out", "rows", "chosen", "weights"))
+        assert chosen.shape == weights.shape == (len(rows), each)
+        total = np.zeros_like(delta)
+        for row in range(len(rows)):
+            for expert, weight in zip(chosen[row], weights[row], strict=True):
+                rank = max(one for one, share in enumerate(self.shares) if expert in share.experts[layer])
+                place = self.shares[rank].experts[layer].index(expert)
+                feeds = {"rows": rows[row : row + 1], "index": np.array([place])}
+                given = self.sessions[rank, layer, half][1].run(["given"], feeds)[0][0]
+                total[row] += weight * given
+        return res, total
+
     def _head(self, res: Floats, delta: Any) -> Floats:
         parts = [
-            self.sessions[rank, -1, 0][0].run(None, {"res": res, "delta": delta})[0]
+            run_rows(self.sessions[rank, -1, 0][0], {"res": res, "delta": delta})["logits"]
             for rank, share in enumerate(self.shares)
             if share.vocab.count
         ]
@@ -183,8 +230,9 @@ class Runner:
             rows.append(row.astype(np.float32))
         return np.stack(rows) * np.float32(embedding.scale)
 
-    def _open(self, key: tuple[int, int, int], segment: Segment, share: Range) -> None:
-        if not share.count and (segment.takes == "carry" or segment is self.manifest.head):
+    def _open(self, key: tuple[int, int, int], segment: Segment, share: Groups) -> None:
+        count = group_count(share)
+        if not count and (segment.takes == "carry" or segment is self.manifest.head):
             return
         folder = self.folder / "-".join(map(str, (*key, segment.kind)))
         folder.mkdir(parents=True, exist_ok=True)
@@ -198,7 +246,7 @@ class Runner:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 3
         self.sessions[key] = []
-        for number, piece in enumerate(self.manifest.graphs[f"{segment.kind}/{share.count}"]):
+        for number, piece in enumerate(self.manifest.graphs[graph_name(segment, share)]):
             graph = folder / f"{number}.onnx"
             graph.write_bytes(self._piece(piece))
             session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
@@ -208,7 +256,3 @@ class Runner:
         data = self.pieces.file(ref.digest).read_bytes()
         assert len(data) == ref.size
         return data
-
-    @staticmethod
-    def _range(share: Cut, segment: Segment) -> Range:
-        return share.heads if segment.axis == "heads" else share.columns

@@ -19,7 +19,10 @@ from ganglion.agent.executor.embedding import EmbeddingTable
 from ganglion.agent.executor.executor import Executor
 from ganglion.agent.executor.loader import load_shard, start_runtime
 from ganglion.agent.store import PieceStore
+from ganglion.partitioner.classes import NO_RULES
 from ganglion.partitioner.cut import numeric_class, partition
+from ganglion.partitioner.families.model import Experts
+from ganglion.partitioner.quantize import Rules
 from ganglion.wire.nouns import Manifest, Plan, Range, Share, Stage, digest
 
 
@@ -35,8 +38,8 @@ class Cut:
 
     def plan(self, weights: Sequence[float] = (1,), **options: Any) -> Plan:
         shares = tuple(
-            Share(device=letter * 26, heads=cut.heads, columns=cut.columns, vocab=cut.vocab)
-            for letter, cut in zip("abc", cut_evenly(self.manifest, weights), strict=False)
+            Share(device=letter * 26, heads=cut.heads, columns=cut.columns, vocab=cut.vocab, experts=cut.experts)
+            for letter, cut in zip("abcd", cut_evenly(self.manifest, weights), strict=False)
         )
         stage = Stage(layers=Range(0, self.manifest.geometry.layers), shares=shares, topology="mesh")
         settings = {"context": self.manifest.geometry.context, "sessions": 8, "kv_tokens": 8192, "chunk": 64}
@@ -135,12 +138,15 @@ def cutter(folder_of: Callable[[str], Path]) -> Callable[..., Cut]:
                 paths[shape] = make(folder, SHAPES[shape].family, dtype=SHAPES[shape].dtype, **SHAPES[shape].config)
         return paths[shape]
 
-    def get(shape: str, weights: str = "fp32", fast: bool = False) -> Cut:
-        key = (shape, weights, fast)
+    def get(
+        shape: str, weights: str = "fp32", fast: bool = False, experts: Experts = "columns", rules: Rules = NO_RULES
+    ) -> Cut:
+        key = (shape, weights, fast, experts, rules)
         if key not in made:
             path, folder = checkpoint(shape), folder_of("cut")
             store = PieceStore(folder / "store")
-            manifest = partition(path, store, name=shape, numeric_class=numeric_class(path, weights, fast=fast))
+            kind = numeric_class(path, weights, fast=fast, rules=rules, experts=experts)
+            manifest = partition(path, store, name=shape, numeric_class=kind, rules=rules, experts=experts)
             made[key] = Cut(folder, manifest, store, EmbeddingTable(manifest, store.open))
         return made[key]
 

@@ -618,6 +618,27 @@ def test_a_mixture_is_weighed_whole_and_timed_by_the_experts_of_a_token():
     assert sum(sparse.memory_bytes.values()) > sum(whole.memory_bytes.values())
 
 
+def test_whole_experts_are_weighed_apart_and_read_in_part():
+    dense = manifest(layers=3)
+    attention, columns = dense.layers[0].segments
+    slot = columns.slots[0]
+    router = Slot(name="router", join="whole", rows=1, pieces=(ref(4000),))
+    experts = msgspec.structs.replace(columns, axis="experts", experts=2, active=0.125, slots=(router, slot))
+    mixture = msgspec.structs.replace(
+        dense,
+        geometry=msgspec.structs.replace(dense.geometry, column_groups=1),
+        layers=(*(Layer(segments=(attention, experts)) for _ in range(2)), Layer(segments=(attention,))),
+    )
+    size, one = ModelSize(mixture), slot.pieces[0].size
+    assert size.every_expert == Range(0, 16)
+    assert size.experts.total(Range(0, 3), size.every_expert) == 2 * (16 * one + router.pieces[0].size)
+    assert size.experts_read.total(Range(0, 1), size.every_expert) == 2 * one + router.pieces[0].size
+    assert size.columns.total(Range(0, 3), Range(0, 1)) == size.experts.total(Range(2, 3), size.every_expert) == 0
+    every = (Range(0, 3), Range(0, 0), Range(0, 0), Range(0, 0))
+    held = size.share_bytes(*every, kv_tokens=0) - size.share_bytes(*every, kv_tokens=0, experts=False)
+    assert held == pytest.approx(size.weights_factor * size.experts.total(Range(0, 3), size.every_expert), abs=1)
+
+
 def test_exchanges_are_counted_where_devices_sum_and_by_their_size():
     plain = manifest()
     first, second = plain.layers[0].segments

@@ -9,7 +9,8 @@ from typing import Any, Final, Literal
 
 from ganglion.partitioner.checkpoint import Checkpoint, open_checkpoint
 from ganglion.partitioner.families import family_of
-from ganglion.partitioner.families.model import Split, largest_block, split_model
+from ganglion.partitioner.families.experts import MixtureModel
+from ganglion.partitioner.families.model import Experts, Split, largest_block, split_model
 from ganglion.partitioner.families.plans import Linear, SegmentPlan
 from ganglion.partitioner.quantize.formats import BLOCKS, EXACT_BLOCK, Block
 from ganglion.partitioner.quantize.recipe import Recipe, Rules, packed_bits, prompt_recipe, recipe_of
@@ -45,8 +46,12 @@ class Layout:
         yield self.head
 
 
-def lay_out(checkpoint: Checkpoint, numeric_class: NumericClass, rules: Rules = NO_RULES) -> Layout:
+def lay_out(
+    checkpoint: Checkpoint, numeric_class: NumericClass, rules: Rules = NO_RULES, experts: Experts = "columns"
+) -> Layout:
     """Lay `checkpoint` out under a class (whose `exceptions` are made anew) and the rules given; reads headers only.
+
+    experts: how a mixture is cut.
 
     Raises Unsupported, InvalidDocument or Corrupt naming the file and the figure, InvalidRequest for a class that there
     is not or a rule that does not fit.
@@ -60,7 +65,9 @@ def lay_out(checkpoint: Checkpoint, numeric_class: NumericClass, rules: Rules = 
             "int4 or int8",
             param="format",
         )
-    split = split_model(model, numeric_class)
+    if experts == "whole" and not isinstance(model, MixtureModel):
+        raise InvalidRequest(f"{model.family} has no experts to cut whole; leave --experts out", param="experts")
+    split = split_model(model, numeric_class, experts)
     head = family.head(model, split)
     layers = [[plan.at_layer(layer) for plan in family.layer(model, split, layer)] for layer in range(model.layers)]
 
@@ -84,13 +91,14 @@ def numeric_class(
     fast: bool = False,
     block: int | None = None,
     rules: Rules = NO_RULES,
+    experts: Experts = "columns",
 ) -> NumericClass:
     """The class of a format for the checkpoint `source`; of its weights only headers are read.
 
     block: where it is not given, int4 has 32 in exact classes, in fast ones the largest of 128, 64, 32, 16 that divides
     an attention group's inputs and is not above the source's own; int8 has none (a scale for each output), but 32 where
     the source is in blocks already, which are then taken over as they are, and for mixtures. mixed: int4, and int8
-    without a block for prompt tokens.
+    without a block for prompt tokens. experts: how a mixture is cut, where rules are of experts.
     """
     if weight_format not in CHOICES:
         raise Unsupported(f"format {weight_format!r}; supported are {', '.join(CHOICES)}", param="format")
@@ -101,7 +109,7 @@ def numeric_class(
     checkpoint = open_checkpoint(source)
     if block is None:
         block = _default_block(checkpoint, weight_format, fast)
-    return lay_out(checkpoint, _class(weight_format, block, not fast), rules).recipe.numeric_class
+    return lay_out(checkpoint, _class(weight_format, block, not fast), rules, experts).recipe.numeric_class
 
 
 def default_format(source: Path, small_bytes: int) -> Literal["fp32", "int4", "int8"]:

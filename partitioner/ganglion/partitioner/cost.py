@@ -147,14 +147,19 @@ class ModelSize:
         prompts = [layer.segments for layer in manifest.prompt_layers] or [()] * len(read)
         held = [(*segments, *more) for segments, more in zip(read, prompts, strict=True)]
         groups = {"heads": geometry.head_groups, "columns": geometry.column_groups}
+        # Of a model that is cut by experts: where the other axes are, every expert is too, unless a share says less.
+        count = max((one.groups for segments in read for one in segments if one.axis == "experts"), default=0)
+        self.every_expert = Range(0, count)
+        self.experts = AxisBytes([_of_axis(one, "experts") for one in held], count)
+        self.experts_read = AxisBytes([_of_axis(one, "experts") for one in read], count, active=True)
         self.heads, self.columns = (AxisBytes([_of_axis(one, axis) for one in held], groups[axis]) for axis in groups)
         self.heads_read, self.columns_read = (
             AxisBytes([_of_axis(one, axis) for one in read], groups[axis], active=True) for axis in groups
         )
         self.mixed = bool(manifest.prompt_layers)
         self.vocab = AxisBytes([(manifest.head,)], geometry.vocab_groups)
-        self._experts = max((segment.experts for layer in manifest.layers for segment in layer.segments), default=0)
-        self.weights_factor = MIXTURE_WEIGHTS_FACTOR if self._experts else WEIGHTS_FACTOR
+        self.chosen = max((segment.experts for layer in manifest.layers for segment in layer.segments), default=0)
+        self.weights_factor = MIXTURE_WEIGHTS_FACTOR if self.chosen else WEIGHTS_FACTOR
         self.all_layers = Range(0, len(manifest.layers))
         self.embedding_bytes = sum(piece.size for piece in manifest.embedding.pieces)
         self.rope_bytes = sum(table.cos.size + table.sin.size for tables in manifest.ropes.values() for table in tables)
@@ -180,7 +185,7 @@ class ModelSize:
         """Rows of a step, with their partial sums and the widest intermediate of a share, for `chunk` rows."""
         geometry = self.geometry
         wide = max(geometry.intermediate, geometry.heads * geometry.head_dim)
-        repeated = self._experts * geometry.hidden * EXPERT_ROW_BYTES
+        repeated = self.chosen * geometry.hidden * EXPERT_ROW_BYTES
         return chunk * (6 * 8 * geometry.hidden + 3 * 4 * wide + repeated) + 4 * geometry.vocab
 
     def fixed_bytes(self, *, chunk: int, lead: bool) -> int:
@@ -188,9 +193,15 @@ class ModelSize:
         embedding = self.embedding_bytes if lead else 0
         return WORKER_OVERHEAD_BYTES + self.activation_bytes(chunk) + self.rope_bytes + embedding
 
-    def share_bytes(self, layers: Range, heads: Range, columns: Range, vocab: Range, *, kv_tokens: int) -> int:
-        """Memory of a share but for `fixed_bytes`: loaded weights, and key-value state for `kv_tokens` in all."""
+    def share_bytes(
+        self, layers: Range, heads: Range, columns: Range, vocab: Range, *, kv_tokens: int, experts: bool = True
+    ) -> int:
+        """Memory of a share but for `fixed_bytes`: loaded weights, and key-value state for `kv_tokens` in all.
+
+        experts: whether it holds all of `layers` where the model is cut by experts.
+        """
         weights = self.heads.total(layers, heads) + self.columns.total(layers, columns)
+        weights += self.experts.total(layers, self.every_expert) if experts else 0
         weights += self.vocab.total(HEAD_LAYER, vocab)
         return int(self.weights_factor * weights) + self.kv_bytes(layers, heads, tokens=kv_tokens)
 
@@ -211,12 +222,13 @@ class AxisBytes:
                     if slot.join == "whole":
                         whole[index + 1] += slot.growth * sum(piece.size for piece in slot.pieces)
                         continue
-                    if len(slot.pieces) != groups:
+                    held = range(groups) if slot.groups is None else slot.groups
+                    if len(slot.pieces) != len(held) and slot.join != "marks":
                         raise InvalidDocument(
                             f"manifest: slot {slot.name} of layer {index} has {len(slot.pieces)} pieces, "
                             f"its axis has {groups} groups"
                         )
-                    for group, piece in enumerate(slot.pieces):
+                    for group, piece in zip(held, slot.pieces, strict=False):
                         part = segment.active if active else 1.0
                         sizes[group] += int(part * slot.growth * piece.size)
             grouped[index + 1, 1:] = np.cumsum(np.asarray(sizes, dtype=np.int64))

@@ -16,7 +16,7 @@ from ganglion.partitioner.classes import NO_RULES, lay_out, numeric_class
 from ganglion.partitioner.crew import Job, work
 from ganglion.partitioner.expert_slots import expert_bytes
 from ganglion.partitioner.families.experts import Mixture
-from ganglion.partitioner.families.model import RopeVariant
+from ganglion.partitioner.families.model import Experts, RopeVariant
 from ganglion.partitioner.families.plans import Head, SegmentPlan
 from ganglion.partitioner.graphs import OPSET, build_graphs
 from ganglion.partitioner.journal import Pieces, open_journal
@@ -34,11 +34,12 @@ from ganglion.wire.nouns import (
     Manifest,
     NumericClass,
     PieceRef,
+    Range,
     RopeTable,
     Segment,
-    Slot,
     to_json,
 )
+from ganglion.wire.shares import Groups, graph_name
 
 __all__ = ["numeric_class", "partition"]
 
@@ -55,6 +56,7 @@ def partition(
     name: str,
     numeric_class: NumericClass,
     rules: Rules = NO_RULES,
+    experts: Experts = "columns",
     progress: Progress = lambda done, total: None,
     threads: int = 0,
 ) -> Manifest:
@@ -62,11 +64,12 @@ def partition(
 
     Equal inputs give equal manifests, whatever the number of `threads` (0: as many as are of use here). Into a sink
     that is a `Shelf`, a cut that was broken off goes on where it stopped. rules: those that `numeric_class` was made
-    with. Raises NotFound, Unsupported, InvalidDocument or Corrupt naming the file and the figure; whatever the sink
-    raises.
+    with. experts: how a mixture is cut, through each expert by columns or expert by expert. Raises NotFound,
+    Unsupported, InvalidDocument or Corrupt naming the file and the figure, InvalidRequest for whole experts of a model
+    without; whatever the sink raises.
     """
     checkpoint = open_checkpoint(source)
-    layout = lay_out(checkpoint, numeric_class, rules)
+    layout = lay_out(checkpoint, numeric_class, rules, experts)
     model, split, last, by_layer = layout.model, layout.split, layout.head, layout.layers
     if layout.recipe.numeric_class != numeric_class:
         found = layout.recipe.numeric_class.name
@@ -91,14 +94,13 @@ def partition(
         cut = iter(work(jobs, journal, meter.add, threads=threads))
         rows_cut, *segments_cut = [[next(cut) for _ in part] for part in parts]
         made = [by.segment(plan, pieces) for (by, plan), pieces in zip(order, segments_cut, strict=True)]
-        kinds = {plan.kind: (by.recipe, plan, segment) for (by, plan), segment in zip(order, made, strict=True)}
         segments = iter(made)
         layers = [Layer(segments=tuple(next(segments) for _ in layer)) for layer in by_layer for _ in sets]
-        graphs = {
-            f"{kind}/{count}": tuple(map(sink.put, build_graphs(plan, segment, count, model, recipe)))
-            for kind, (recipe, plan, segment) in sorted(kinds.items())
-            for count in _counts(plan)
-        }
+        graphs: dict[str, tuple[PieceRef, ...]] = {}
+        for (by, plan), segment in zip(order, made, strict=True):
+            for share in _shares(plan, segment):
+                if (graph := graph_name(segment, share)) not in graphs:
+                    graphs[graph] = tuple(map(sink.put, build_graphs(plan, segment, share, model, by.recipe)))
         manifest = Manifest(
             format_version=MANIFEST_FORMAT,
             name=name,
@@ -162,9 +164,15 @@ class _Cutter:
             cut = partial(cut_group, plan, self.checkpoint, self.recipe, group)
             of_group = read * (group + 1) // plan.groups - read * group // plan.groups
             memory_bytes = SCRATCH * 4 * max(numbers, default=0)
+            dropped = tensors
             if isinstance(plan.core, Mixture):
-                memory_bytes = expert_bytes(plan.core, self.recipe, SCRATCH)
-            jobs.append(Job(f"{mark}/{group}", memory_bytes, of_group, partial(self._cut, cut, tensors)))
+                whole_expert = plan.axis == "experts"
+                form = self.recipe.of_expert(plan.core, group) if whole_expert else self.recipe.base
+                memory_bytes = expert_bytes(plan.core, form, SCRATCH, 1 if whole_expert else plan.core.stacked)
+                if whole_expert:
+                    named = plan.core.of_expert(group).items()
+                    dropped = [self.checkpoint.tensor(name, *shape) for name, shape in named]
+            jobs.append(Job(f"{mark}/{group}", memory_bytes, of_group, partial(self._cut, cut, dropped)))
         return jobs
 
     def _cut(self, cut: Callable[[], Iterator[dict[str, Array]]], tensors: Sequence[Weights]) -> Pieces:
@@ -192,12 +200,7 @@ class _Cutter:
             takes=plan.entry.mode,
             experts=plan.experts,
             active=plan.active,
-            slots=tuple(
-                Slot(
-                    name=slot.name, join=slot.join, rows=slot.rows, pieces=tuple(pieces[slot.name]), stored=slot.stored
-                )
-                for slot in slots_of(plan, self.recipe)
-            ),
+            slots=tuple(slot.filled(tuple(pieces.get(slot.name, ()))) for slot in slots_of(plan, self.recipe)),
         )
 
     def rope(self, variant: RopeVariant) -> RopeTable:
@@ -233,6 +236,15 @@ def _drop(tensor: Weights) -> None:
         drop_pages(tensor.data)
 
 
-def _counts(plan: SegmentPlan) -> range:
-    """The shares that a graph is built for; one without a group has work only where it takes the residual."""
-    return range(0 if plan.entry.mode != "carry" and not isinstance(plan.core, Head) else 1, plan.groups + 1)
+def _shares(plan: SegmentPlan, segment: Segment) -> Iterator[Groups]:
+    """A share for each of a segment's graphs; one without a group has work only where it takes the residual.
+
+    Of experts of two formats, one for every number of those and of these: fewer than (experts / 2 + 1) ** 2 in a layer.
+    """
+    apart = tuple(dict.fromkeys(slot.groups for slot in segment.slots if slot.groups is not None))
+    if apart:
+        own, other = apart
+        yield from (tuple(sorted((*own[:n], *other[:m]))) for n in range(len(own) + 1) for m in range(len(other) + 1))
+        return
+    least = 0 if plan.entry.mode != "carry" and not isinstance(plan.core, Head) else 1
+    yield from (Range(0, count) for count in range(least, plan.groups + 1))

@@ -8,6 +8,7 @@ candidate says why it won or lost.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Final, Literal
 
@@ -23,8 +24,10 @@ from ganglion.partitioner.cost import (
     decode_rate,
     rate_key,
 )
+from ganglion.partitioner.expert_placement_routes import DEVICES, CountedRoutes
 from ganglion.partitioner.placement_candidates import pipeline, tensor
 from ganglion.partitioner.placement_drafter import drafter_load
+from ganglion.partitioner.placement_experts import expert
 from ganglion.partitioner.placement_request import FULL_CONTEXTS, Outcome, Request
 from ganglion.wire.errors import InvalidRequest, NotFound, PermissionDenied
 from ganglion.wire.nouns import Candidate, Manifest, PlanOptions, PlanReport, digest
@@ -32,22 +35,26 @@ from ganglion.wire.nouns import Candidate, Manifest, PlanOptions, PlanReport, di
 __all__ = ["Device", "LinkFigures", "Links", "TrustLabel", "place", "surviving_options"]
 
 EXACT_DEVICES: Final = 6  # 2**6 subsets; beyond it sets grow greedily by speed
-_MODE_ORDER: Final = {"single": 0, "tensor": 1, "pipeline": 2}
+_MODE_ORDER: Final = {"single": 0, "tensor": 1, "pipeline": 2, "expert": 3}
 
 
-def place(
+def place(  # noqa: PLR0917 - as a Planner of the coordinator takes them
     manifest: Manifest,
     devices: Sequence[Device],
     links: Mapping[tuple[str, str], LinkFigures],
     options: PlanOptions,
     drafter: Manifest | None = None,
+    routes: CountedRoutes | None = None,
+    soon: bool = False,
 ) -> PlanReport:
     """Predict every way to run `manifest` on `devices` and choose the fastest that fits.
 
     `links` holds what each device measured of the others; a missing pair is taken at a conservative prior, and the
     reason says so. `PlanReport.plan` is None when nothing fits, the reasons saying how many bytes are missing where.
     The same devices, links and options in any order give the same report. `drafter`: the model that guesses at the
-    lead, where the options say so. A plan that drafts for another model is on one device that is labelled owner.
+    lead, where the options say so. `routes`: which experts tokens chose, for a model that is cut by experts; None where
+    nobody counted. Placing experts takes seconds then, unless it is wanted `soon`, by a deployment that lost a device.
+    A plan that drafts for another model is on one device that is labelled owner.
 
     Raises InvalidRequest for options that contradict each other, NotFound for a device that is not among `devices`,
     InvalidRequest naming what differs for a drafter of another tokenizer or vocabulary,
@@ -65,10 +72,24 @@ def place(
         options=options,
         rungs=_rungs(manifest, options),
         drafter=drafter_load(manifest, options, drafter),
+        routes=routes.layers if routes is not None else (),
+        routed_tokens=routes.tokens if routes is not None else 0,
+        soon=soon,
     )
     outcomes = list(_outcomes(request, usable))
     feasible = [outcome for outcome in outcomes if outcome.plan is not None]
+    if not feasible and request.size.every_expert.count and not options.expert_memory_bytes:
+        paging = replace(request, paging=True)
+        paged = list(_outcomes(paging, usable))
+        if any(outcome.plan is not None for outcome in paged):
+            request, outcomes = paging, paged
+            feasible = [outcome for outcome in outcomes if outcome.plan is not None]
     best = min(feasible, key=_rank) if feasible else None
+    if best is not None and best.mode == "expert" and request.routes:
+        placed = expert(request, best.devices, settled=True)
+        if placed.plan is not None and _rank(placed) <= _rank(best):
+            outcomes[outcomes.index(best)] = placed
+            best = min((one for one in outcomes if one.plan is not None), key=_rank)
     ordered = sorted(outcomes, key=lambda outcome: (outcome is not best, outcome.plan is None, _rank(outcome)))
     labels: dict[str, TrustLabel] = {device.name: device.label for device in usable}
     return PlanReport(
@@ -144,13 +165,20 @@ def _select(devices: Sequence[Device], manifest: Manifest, options: PlanOptions)
                 param="private",
             )
         chosen = [device for device in chosen if device.label == "owner"]
+    whole = any(segment.axis == "experts" for layer in manifest.layers for segment in layer.segments)
+    if options.expert_memory_bytes and not whole:
+        raise InvalidRequest(
+            f"expert_memory: {manifest.name} is not cut by experts: cut a mixture with --experts whole, or leave"
+            " --expert-memory out",
+            param="expert_memory",
+        )
     if options.payload in {"fp16", "int8"} and manifest.numeric_class.exact:
         raise InvalidRequest(
             f"payload: {options.payload} rounds partial sums, and {manifest.numeric_class.name} is an exact class; use"
             " a fast one",
             param="payload",
         )
-    if options.mode in {"tensor", "pipeline"} and options.devices and len(chosen) < 2:
+    if options.mode in {"tensor", "pipeline", "expert"} and options.devices and len(chosen) < 2:
         raise InvalidRequest(f"mode: {options.mode} needs at least two devices, one is named", param="mode")
     return chosen
 
@@ -190,18 +218,33 @@ def _outcomes(request: Request, usable: Sequence[Device]) -> Iterator[Outcome]:
         )
     if len(measured) < (1 if mode in {"auto", "single"} else 2):
         needed = "at least one device" if mode in {"auto", "single"} else "at least two devices"
-        wanted: Literal["single", "tensor", "pipeline"] = "single" if mode == "auto" else mode
+        wanted: Literal["single", "tensor", "pipeline", "expert"] = "single" if mode == "auto" else mode
         problem = f"{wanted}: it needs {needed} that may be used, {len(measured)} may: start agents, or see --private"
         yield Outcome(mode=wanted, devices=tuple(measured), problem=problem)
         return
     if mode in {"auto", "single"} and not request.options.shares:
         for device in measured:
             yield tensor(request, (device,))
-    for group in _groups(request, measured):
-        if mode in {"auto", "tensor"}:
+    whole_experts = request.size.every_expert.count > 0
+    for number, group in enumerate(_groups(request, measured)):
+        if mode == "tensor" or (mode == "auto" and (not whole_experts or not number)):  # refused once is enough
             yield tensor(request, group)
         if mode in {"auto", "pipeline"}:
             yield pipeline(request, group)
+    if mode == "expert" or (mode == "auto" and whole_experts):
+        for group in _grown(request, measured):
+            yield expert(request, group)
+
+
+def _grown(request: Request, usable: Sequence[Device]) -> Iterator[tuple[Device, ...]]:
+    """Sets of devices for experts: all that were named, else the lead with the fastest one, the two fastest, ..."""
+    if request.options.devices and (request.options.shares or request.options.mode != "auto"):
+        yield tuple(usable)
+        return
+    lead = next((device for device in usable if device.label == "owner"), usable[0])
+    grown = [lead, *(device for device in usable if device is not lead)][:DEVICES]
+    for count in range(2, len(grown) + 1):
+        yield tuple(sorted(grown[:count], key=usable.index))
 
 
 def _groups(request: Request, usable: Sequence[Device]) -> Iterator[tuple[Device, ...]]:

@@ -22,6 +22,9 @@ from ganglion.partitioner.cost import (
     slices,
 )
 from ganglion.partitioner.placement_order import arrange, chain
+from ganglion.partitioner.placement_paging import charge, experts_bytes, paged_layer_bytes, with_caches
+from ganglion.partitioner.placement_paging import fixed_bytes as paging_bytes
+from ganglion.partitioner.placement_paging import pages as may_page
 from ganglion.partitioner.placement_request import FULL_CONTEXTS, Outcome, Request, Rung
 from ganglion.partitioner.placement_split import (
     AxisLoad,
@@ -37,7 +40,8 @@ from ganglion.partitioner.placement_split import (
 )
 from ganglion.partitioner.placement_sums import PAYLOADS, overlaps, payload_of
 from ganglion.wire.nouns import PREFIX_BLOCK_TOKENS, Drafter, Plan, Range, Share, Stage, kv_capacity_tokens
-from ganglion.wire.nouns.plan import Topology
+from ganglion.wire.nouns.plan import Payload, Topology
+from ganglion.wire.shares import every_expert
 
 SESSIONS: Final = 16  # at a time, where none were asked for
 
@@ -53,6 +57,12 @@ def tensor(request: Request, devices: Sequence[Device]) -> Outcome:
     if not orders:
         outcome.problem = f"{outcome.title}: {problem}"
         return outcome
+    if mode == "tensor" and request.size.every_expert.count:
+        outcome.problem = (
+            f"{outcome.title}: {request.manifest.name} is cut by experts, and tensor parallel cuts each of them: use"
+            " mode expert, or cut it with --experts columns"
+        )
+        return outcome
     if len(devices) > request.manifest.geometry.column_groups:
         groups = request.manifest.geometry.column_groups
         outcome.problem = f"{outcome.title}: {groups} column groups cannot be shared by {len(devices)} devices"
@@ -65,9 +75,11 @@ def _tensor(
     request: Request, mode: Literal["single", "tensor"], topology: Topology, order: Sequence[Device]
 ) -> Outcome:
     size, layers = request.size, request.size.all_layers
+    experts = every_expert(request.manifest.layers)
     outcome = Outcome(mode=mode, devices=tuple(order))
     parts = slices(order, request.manifest.numeric_class)
     outcome.available_bytes = {part.device.name: part.available_bytes for part in parts}
+    experts_held, cache = charge(request, layers, experts_bytes(request, layers))
     short = Shortage(0, 0)
     for rung in request.rungs:
         axes = _axes(request, parts, rung)
@@ -76,16 +88,24 @@ def _tensor(
             for rank, part in enumerate(parts)
         ]
         room[0] = request.lead_room(room[0], rung, alone=len(parts) == 1)
+        room[0] -= experts_held
         counts = _counts(request, axes, parts, room)
         if not isinstance(counts, Shortage):
             break
         short = counts
     else:
-        outcome.problem = _missing(outcome, order[short.device], short.missing_bytes, request)
+        outcome.problem = missing(outcome, order[short.device], short.missing_bytes, request)
         return outcome
     heads, columns, vocab = (_ranges(row) for row in counts)
     shares = tuple(
-        Share(device=device.node_id, heads=heads[rank], columns=columns[rank], vocab=vocab[rank])
+        Share(
+            device=device.node_id,
+            heads=heads[rank],
+            columns=columns[rank],
+            vocab=vocab[rank],
+            experts=experts,
+            expert_cache_bytes=cache,
+        )
         for rank, device in enumerate(order)
     )
     _finish(request, outcome, parts, (Stage(layers=layers, shares=shares, topology=topology),), rung)
@@ -107,15 +127,18 @@ def pipeline(request: Request, devices: Sequence[Device]) -> Outcome:
         outcome.problem = f"{outcome.title}: {size.all_layers.count} layers cannot be shared by {len(order)} devices"
         return outcome
     everything = (Range(0, geometry.head_groups), Range(0, geometry.column_groups))
+    paging = may_page(request) and size.every_expert.count > 0
     heaviest = max(
         range(size.all_layers.count),
         key=lambda one: size.share_bytes(Range(one, one + 1), *everything, EMPTY, kv_tokens=1),
     )
     by_speed = sorted(range(len(parts)), key=lambda rank: (-parts[rank].weight_bytes_per_s, rank))
-    missing, capacity = 0, list[int]()
+    lacking, capacity = 0, list[int]()
     for rung in request.rungs:
         kv_tokens = request.kv_tokens(rung)
-        layer_bytes = size.share_bytes(Range(heaviest, heaviest + 1), *everything, EMPTY, kv_tokens=kv_tokens)
+        one = Range(heaviest, heaviest + 1)
+        layer_bytes = size.share_bytes(one, *everything, EMPTY, kv_tokens=kv_tokens, experts=not paging)
+        layer_bytes += paged_layer_bytes(request, one) if paging else 0
         capacity.clear()
         for rank, part in enumerate(parts):
             room = part.available_bytes - size.fixed_bytes(chunk=request.chunk(rung[0]), lead=rank == 0)
@@ -123,6 +146,7 @@ def pipeline(request: Request, devices: Sequence[Device]) -> Outcome:
                 room = request.lead_room(room, rung, alone=False)
             if rank == len(parts) - 1:
                 room -= size.share_bytes(EMPTY, EMPTY, EMPTY, Range(0, geometry.vocab_groups), kv_tokens=0)
+            room -= paging_bytes(request) if paging else 0
             capacity.append(max(0, room // max(1, layer_bytes)))
         counts: list[int] | None
         if options.shares:
@@ -135,10 +159,10 @@ def pipeline(request: Request, devices: Sequence[Device]) -> Outcome:
             counts = fill_layers(size.all_layers.count, by_speed, capacity)
         if counts is not None:
             break
-        missing = max(1, size.all_layers.count - sum(capacity)) * layer_bytes
+        lacking = max(1, size.all_layers.count - sum(capacity)) * layer_bytes
     else:
         tightest = min(range(len(order)), key=lambda rank: (capacity[rank], rank))
-        outcome.problem = _missing(outcome, order[tightest], missing, request)
+        outcome.problem = missing(outcome, order[tightest], lacking, request)
         return outcome
     last = len(order) - 1
     stages = tuple(
@@ -150,6 +174,8 @@ def pipeline(request: Request, devices: Sequence[Device]) -> Outcome:
                     heads=everything[0],
                     columns=everything[1],
                     vocab=Range(0, geometry.vocab_groups) if rank == last else EMPTY,
+                    experts=every_expert(request.manifest.layers[layers.start : layers.stop]),
+                    expert_cache_bytes=charge(request, layers, experts_bytes(request, layers))[1],
                 ),
             ),
             topology="mesh" if options.topology == "auto" else options.topology,
@@ -217,8 +243,7 @@ def _ranges(counts: Sequence[int]) -> list[Range]:
 
 def _finish(request: Request, outcome: Outcome, parts: Sequence[Slice], stages: tuple[Stage, ...], rung: Rung) -> None:
     """Predict `stages`, weigh every share, and make the plan."""
-    size, network = request.size, request.network
-    context, held = rung
+    size, network, context = request.size, request.network, rung[0]
     by_id = {part.device.node_id: part for part in parts}
     hidden_bytes = request.manifest.geometry.hidden * (8 if request.manifest.handover == "parts" else 4)
     compute_s = handover_s = sums_s = 0.0
@@ -248,17 +273,37 @@ def _finish(request: Request, outcome: Outcome, parts: Sequence[Slice], stages: 
     told += [f"sums travel as {payload}"] if payload != "full" else []
     told += [f"{handovers} hand-overs of {handover_s / handovers * 1e3:.2f} ms"] if handovers else []
     outcome.exchanges = ", ".join(told)
-    prefix_tokens = request.prefix_tokens
     for stage in stages:
         for share in stage.shares:
             fixed = size.fixed_bytes(chunk=request.chunk(context), lead=share.device == lead)
             loaded = size.share_bytes(
-                stage.layers, share.heads, share.columns, share.vocab, kv_tokens=request.kv_tokens(rung)
+                stage.layers, share.heads, share.columns, share.vocab, kv_tokens=request.kv_tokens(rung), experts=False
             )
+            loaded += charge(request, stage.layers, experts_bytes(request, stage.layers))[0]
             outcome.memory_bytes[by_id[share.device].device.name] = fixed + loaded
+    overlap = overlaps(request, stages, payload, context, compute_s)
+    complete(request, outcome, parts, stages, rung, payload, overlap=overlap)
+
+
+def complete(  # noqa: PLR0917 - what was decided of one candidate
+    request: Request,
+    outcome: Outcome,
+    parts: Sequence[Slice],
+    stages: tuple[Stage, ...],
+    rung: Rung,
+    payload: Payload,
+    *,
+    overlap: bool,
+) -> None:
+    """Make the plan of a predicted and weighed outcome, with what fits beside it: a drafter, tokens that are kept."""
+    context, held = rung
+    by_id = {part.device.node_id: part for part in parts}
+    lead, lone = stages[0].shares[0].device, len(parts) == 1
+    prefix_tokens = request.prefix_tokens
     drafter = _seat_drafter(request, outcome, by_id[lead].device.name, context, alone=lone)
     if request.options.prefix_tokens is None:
         prefix_tokens = _keep_what_fits(request, outcome, by_id, stages, context)
+    stages = with_caches(request, outcome, by_id, stages)
     _remark(request, outcome, rung)
     outcome.plan = Plan(
         manifest_digest=request.manifest_digest,
@@ -270,7 +315,7 @@ def _finish(request: Request, outcome: Outcome, parts: Sequence[Slice], stages: 
         stages=stages,
         threads={part.device.node_id: part.threads for part in sorted(parts, key=lambda p: p.device.node_id)},
         payload=payload,
-        overlap=overlaps(request, stages, payload, context, compute_s),
+        overlap=overlap,
         prefix_tokens=prefix_tokens,
         drafter=drafter,
         drafting=request.options.drafting,
@@ -307,7 +352,7 @@ def _keep_what_fits(
 
 
 def _stage_s(size: ModelSize, stage: Stage, parts: dict[str, Slice]) -> float:
-    heads_s, columns_s, vocab_s = [0.0], [0.0], [0.0]
+    heads_s, columns_s, vocab_s, experts_s = [0.0], [0.0], [0.0], [0.0]
     for share in stage.shares:
         part = parts[share.device]
         read = size.kv_bytes(stage.layers, share.heads, tokens=DECODE_DEPTH_TOKENS)
@@ -315,7 +360,8 @@ def _stage_s(size: ModelSize, stage: Stage, parts: dict[str, Slice]) -> float:
         heads_s.append(weights / part.weight_bytes_per_s + read / part.memory_bytes_per_s)
         columns_s.append(size.columns_read.total(stage.layers, share.columns) / part.weight_bytes_per_s)
         vocab_s.append(size.vocab.total(HEAD_LAYER, share.vocab) / part.weight_bytes_per_s)
-    return max(heads_s) + max(columns_s) + max(vocab_s)
+        experts_s.append(size.experts_read.total(stage.layers, size.every_expert) / part.weight_bytes_per_s)
+    return max(heads_s) + max(columns_s) + max(vocab_s) + max(experts_s)
 
 
 def _remark(request: Request, outcome: Outcome, rung: Rung) -> None:
@@ -336,15 +382,18 @@ def _remark(request: Request, outcome: Outcome, rung: Rung) -> None:
                 )
 
 
-def _missing(outcome: Outcome, device: Device, missing_bytes: int, request: Request) -> str:
+def missing(outcome: Outcome, device: Device, missing_bytes: int, request: Request) -> str:
+    """What a person reads where `device` is too small by so many bytes."""
     context, held = request.rungs[-1]
     available = outcome.available_bytes[device.name]
     kept = f", and {request.prefix_tokens} tokens kept (--prefix-tokens)" if request.prefix_tokens else ""
     if request.drafter is not None and request.drafter.size is not None:
         kept += f", and {request.drafter.name} to draft (--drafter)"
     way_out = "use int4, which holds the weights once," if request.size.mixed else "use int4,"
+    whole = request.size.every_expert.count > 0 and not request.options.expert_memory_bytes
+    keep = " keep experts on disk (--expert-memory)," if whole else ""
     return (
         f"{outcome.title}: {device.name} lacks {missing_bytes / 1e6:.0f} MB beyond its {available / 1e6:.0f} MB, at"
         f" context {context} and key-value memory for {held} of it{kept}: raise its memory budget, lower"
-        f" the context, {way_out} or add a device"
+        f" the context, {way_out}{keep} or add a device"
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from ganglion.partitioner.cost import Device, ModelSize, Network
+from ganglion.partitioner.expert_placement_routes import RouteSets
 from ganglion.partitioner.placement_drafter import DrafterLoad
 from ganglion.wire.nouns import PREFIX_BLOCK_TOKENS, Manifest, Plan, PlanOptions, kv_capacity_tokens
 
@@ -26,6 +27,10 @@ class Request:
     options: PlanOptions
     rungs: tuple[Rung, ...]
     drafter: DrafterLoad | None = None  # at the lead
+    routes: tuple[RouteSets, ...] = ()  # of every layer, counted; () where nobody counted
+    routed_tokens: int = 0  # that they were counted of
+    soon: bool = False  # answers wait for the plan
+    paging: bool = False  # experts may stay on disk, though no option says so: nothing fits otherwise
 
     def chunk(self, context: int) -> int:
         """Rows of a step at most."""
@@ -51,7 +56,7 @@ class Request:
 class Outcome:
     """A predicted candidate; without a plan, `problem` says why there is none."""
 
-    mode: Literal["single", "tensor", "pipeline"]
+    mode: Literal["single", "tensor", "pipeline", "expert"]
     devices: tuple[Device, ...]
     plan: Plan | None = None
     problem: str = ""

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ganglion.partitioner.checkpoint import Checkpoint
-from ganglion.partitioner.expert_slots import cut_experts, cut_router, expert_slots
+from ganglion.partitioner.expert_slots import cut_expert, cut_experts, cut_router, expert_slots, whole_expert_slots
 from ganglion.partitioner.families.experts import Mixture
 from ganglion.partitioner.families.plans import GroupVector, Linear, SegmentPlan, Vector
 from ganglion.partitioner.quantize.blocks import quantize, quantize_rows
@@ -23,20 +23,28 @@ from ganglion.partitioner.quantize.recipe import Recipe
 from ganglion.partitioner.quantize.repack import padded, read_columns, read_rows
 from ganglion.partitioner.weights import Floats, Packed
 from ganglion.wire.errors import Unsupported
+from ganglion.wire.nouns import PieceRef, Slot
 
 Array = npt.NDArray[Any]
-Join = Literal["rows", "columns", "whole"]
+Join = Literal["rows", "columns", "whole", "marks"]
 SUFFIXES = ("", "_scales", "_zeros")
 
 
 @dataclass(frozen=True)
 class SlotPlan:
-    """Name, join, rows and stored type of a slot, as `Slot` has them, before its pieces are known."""
+    """Name, join, rows, stored type and groups of a slot, as `Slot` has them, before its pieces are known."""
 
     name: str
     join: Join
     rows: int = 1
     stored: Literal["", "float16", "bfloat16"] = ""
+    groups: tuple[int, ...] | None = None
+
+    def filled(self, pieces: tuple[PieceRef, ...]) -> Slot:
+        """The slot with its pieces, by rising group."""
+        return Slot(
+            name=self.name, join=self.join, rows=self.rows, pieces=pieces, stored=self.stored, groups=self.groups
+        )
 
 
 def slots_of(plan: SegmentPlan, recipe: Recipe) -> tuple[SlotPlan, ...]:
@@ -62,7 +70,12 @@ def slots_of(plan: SegmentPlan, recipe: Recipe) -> tuple[SlotPlan, ...]:
         if plan.summed.bias:
             slots.append(SlotPlan(f"{plan.summed.slot}_bias", "rows"))
     if isinstance(plan.core, Mixture):
-        slots += [SlotPlan(*one) for one in expert_slots(plan.core, recipe)]
+        if plan.axis == "experts":
+            slots += [
+                SlotPlan(name, join, groups=groups) for name, join, groups in whole_expert_slots(plan.core, recipe)
+            ]
+        else:
+            slots += [SlotPlan(*one) for one in expert_slots(plan.core, recipe)]
     return tuple(slots)
 
 
@@ -150,7 +163,8 @@ def cut_group(plan: SegmentPlan, checkpoint: Checkpoint, recipe: Recipe, group: 
     if plan.summed is not None:
         yield cut_summed(plan.summed, checkpoint, recipe, group)
     if isinstance(plan.core, Mixture):
-        yield from cut_experts(plan.core, checkpoint, recipe, group)
+        cut = cut_expert if plan.axis == "experts" else cut_experts
+        yield from cut(plan.core, checkpoint, recipe, group)
 
 
 def _slot(matrix: Linear, suffix: str, join: Join, recipe: Recipe, rows: int = 1) -> SlotPlan:

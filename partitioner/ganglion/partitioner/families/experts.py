@@ -1,8 +1,9 @@
 """Mixtures of experts: the plan of such a layer, what a model's split must heed, and the usual segment.
 
-A layer's columns are cut through every expert: a group holds the same run of intermediate columns of each, so any share
-of groups works, a device that holds all of them holds the layer's experts whole, and every device chooses experts from
-the same rows with the same router (float32 in every class), bit for bit.
+By columns, a layer is cut through every expert: a group holds the same run of intermediate columns of each, so any
+share of groups works, a device that holds all of them holds the layer's experts whole, and every device chooses experts
+from the same rows with the same router (float32 in every class), bit for bit. By experts, a group is a whole expert,
+any set of which may lie on a device; the rows of a step are sent to those that hold what was chosen for them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Final, Literal
 
 from ganglion.partitioner.config import Config
 from ganglion.partitioner.families.base import layer_norm_names, norm
-from ganglion.partitioner.families.model import Model, Split, column_width
+from ganglion.partitioner.families.model import Experts, Model, Split, column_width
 from ganglion.partitioner.families.plans import Core, Entry, SegmentPlan
 from ganglion.partitioner.families.reading import read_dense
 from ganglion.wire.errors import InvalidDocument, Unsupported
@@ -113,6 +114,22 @@ class Mixture(Core):
             found |= self._matrices(self.stored_shared, self.shared)
         return found
 
+    def of_expert(self, expert: int) -> dict[str, tuple[int, ...]]:
+        """Name and shape of the tensors that hold an expert, others beside it where they are stored as one."""
+        if expert < self.experts and isinstance(self.stored, Separate):
+            return self._matrices(self.stored.of(expert), 1)
+        if expert >= self.experts and self.stored_shared is not None:
+            return self._matrices(self.stored_shared, self.shared)
+        stacks = (self.stored.gate_up, self.stored.down) if isinstance(self.stored, Stacked) else ()
+        return {name: shape for name, shape in self.tensors().items() if name.startswith(stacks)}
+
+    def names_of(self, expert: int) -> tuple[str, ...]:
+        """What rules call an expert: its tensors, those of a stack with its number before their last name."""
+        if isinstance(self.stored, Stacked) and expert < self.experts:
+            parts = [name.rpartition(".") for name in (self.stored.gate_up, self.stored.down)]
+            return tuple(f"{path}.{expert}.{last}" for path, _, last in parts)
+        return tuple(self.of_expert(expert))
+
     def _matrices(self, stored: Separate, beside: int) -> dict[str, tuple[int, ...]]:
         columns = beside * self.intermediate
         return {
@@ -155,8 +172,10 @@ class MixtureModel(Model):
         """Experts are multiplied in blocks."""
         return False
 
-    def column_groups(self, numeric_class: NumericClass, quantum: int) -> int:
-        """The most groups whose padding is small in experts and in dense layers alike."""
+    def column_groups(self, numeric_class: NumericClass, quantum: int, experts: Experts) -> int:
+        """The most groups whose padding is small in experts and in dense layers alike; whole experts have none."""
+        if experts == "whole":
+            return 1 if all(self.sparse) else super().column_groups(numeric_class, quantum, experts)
         sizes = [self.expert_intermediate, *([self.intermediate] if not all(self.sparse) else [])]
         least = sum(column_width(size, 1, quantum) for size in sizes)
 
@@ -225,10 +244,12 @@ def _check_routing(config: Config, experts: int, routing: Routing) -> None:
 
 def mixture(model: MixtureModel, split: Split, *, router: str, stored: Separate | Stacked, **facts: Any) -> SegmentPlan:
     """The segment of a layer's experts after `post_attention_layernorm`; `facts` of `Mixture`."""
+    whole = split.experts == "whole"
+    width = column_width(model.expert_intermediate, 1, split.quantum) if whole else 0
     return SegmentPlan(
         kind="mixture",
-        axis="columns",
-        groups=split.geometry.column_groups,
+        axis="experts" if whole else "columns",
+        groups=model.experts + model.shared if whole else split.geometry.column_groups,
         entry=Entry(norm=norm(model, layer_norm_names("post_attention_layernorm")), scale=model.residual_scale),
         core=Mixture(
             routing=model.routing,
@@ -236,7 +257,7 @@ def mixture(model: MixtureModel, split: Split, *, router: str, stored: Separate 
             shared=model.shared,
             hidden=model.hidden,
             intermediate=model.expert_intermediate,
-            width=split.width_of(model.expert_intermediate),
+            width=width or split.width_of(model.expert_intermediate),
             router=router,
             stored=stored,
             **facts,

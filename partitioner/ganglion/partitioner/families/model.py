@@ -18,6 +18,8 @@ from ganglion.wire.nouns import EXACT_POSITIONS, Geometry, NumericClass
 GROUPS: Final = 16  # of the MLP's columns and of the vocabulary, where the sizes allow it
 ROW_QUANTUM: Final = 16  # outputs per group of an int4 matrix: below 4, MatMulNBits takes other kernels at the edge
 Block = Literal[16, 32, 64, 128]
+Experts = Literal["columns", "whole"]
+"""How a layer of experts is cut: each by columns, or expert by expert."""
 EXACT_HEAD_DIM: Final = 256  # as far as equality was measured
 # Up to so many dimensions MLAS sums queries times keys in one block, whatever the number of keys; `graphs.attention`.
 ONE_BLOCK_HEAD_DIM: Final = 128
@@ -85,9 +87,9 @@ class Model:
         """Whether every matrix can be multiplied with rows rounded to 8 bits: int8 without a block."""
         return True
 
-    def column_groups(self, numeric_class: NumericClass, quantum: int) -> int:
+    def column_groups(self, numeric_class: NumericClass, quantum: int, experts: Experts) -> int:
         """Groups of the MLP's columns, each a multiple of `quantum` wide."""
-        del numeric_class
+        del numeric_class, experts
         return -(-self.intermediate // group_width(self.intermediate, quantum))
 
     def check_class(self, numeric_class: NumericClass) -> None:
@@ -100,6 +102,7 @@ class Split:
 
     geometry: Geometry
     quantum: int
+    experts: Experts = "columns"
 
     @property
     def column_width(self) -> int:
@@ -122,7 +125,7 @@ class Family:
     head: Callable[[Any, Split], SegmentPlan]
 
 
-def split_model(model: Model, numeric_class: NumericClass) -> Split:
+def split_model(model: Model, numeric_class: NumericClass, experts: Experts = "columns") -> Split:
     """How the model is split in groups under a numeric class; raises Unsupported when its block does not fit."""
     if numeric_class.exact and model.head_dim > EXACT_HEAD_DIM:
         raise Unsupported(
@@ -155,11 +158,12 @@ def split_model(model: Model, numeric_class: NumericClass) -> Split:
             vocab=model.vocab,
             context=model.context,
             head_groups=model.kv_heads,
-            column_groups=model.column_groups(numeric_class, quantum),
+            column_groups=model.column_groups(numeric_class, quantum, experts),
             vocab_groups=-(-model.vocab // rows),
             vocab_group_rows=rows,
         ),
         quantum,
+        experts,
     )
 
 

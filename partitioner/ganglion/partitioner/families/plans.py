@@ -165,7 +165,7 @@ class SegmentPlan:
     """
 
     kind: str
-    axis: Literal["heads", "columns"]
+    axis: Literal["heads", "columns", "experts"]
     groups: int
     entry: Entry
     core: AnyCore

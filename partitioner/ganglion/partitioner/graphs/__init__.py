@@ -25,9 +25,10 @@ from ganglion.partitioner.graphs.attention import build_attention, build_project
 from ganglion.partitioner.graphs.builder import OPSET, Builder
 from ganglion.partitioner.graphs.dense import build_head, build_mlp
 from ganglion.partitioner.graphs.latent import build_latent
-from ganglion.partitioner.graphs.mixture import build_mixture
+from ganglion.partitioner.graphs.mixture import build_mixture, build_routing
 from ganglion.partitioner.quantize.recipe import Recipe
 from ganglion.wire.nouns import Segment
+from ganglion.wire.shares import Groups
 
 __all__ = ["OPSET", "build_graphs"]
 
@@ -41,15 +42,20 @@ BUILDERS: Final[dict[type, Callable[[Builder, Any], None]]] = {
 }
 
 
-def build_graphs(plan: SegmentPlan, segment: Segment, count: int, model: Model, recipe: Recipe) -> tuple[bytes, ...]:
-    """The graphs of a share of `count` groups, as ONNX bytes: three where it attends; equal arguments give equal bytes.
+def build_graphs(plan: SegmentPlan, segment: Segment, share: Groups, model: Model, recipe: Recipe) -> tuple[bytes, ...]:
+    """The graphs of a share of these groups, as ONNX bytes; equal arguments give equal bytes.
 
-    Count 0: what a device does that has no group of the segment: it keeps the residual as the others have it, and
-    leaves zeros (or, in mode keep, what it has not yet exchanged).
+    They depend on how many groups they are only, of experts of two formats on how many are of each. Three where it
+    attends, two where its groups are experts.
+
+    Without a group: what a device does that has no group of the segment: it keeps the residual as the others have it,
+    and leaves zeros (or, in mode keep, what it has not yet exchanged); of experts it chooses all the same.
     """
-    builder = Builder(plan, segment, count, model, recipe)
-    if count:
+    builder = Builder(plan, segment, share, model, recipe)
+    if builder.count:
         BUILDERS[type(plan.core)](builder, plan.core)
+    elif isinstance(plan.core, Mixture) and plan.axis == "experts":
+        build_routing(builder, plan.core)
     else:
         builder.empty()
     return builder.finish()

@@ -12,15 +12,16 @@ from ganglion.partitioner.graphs.nodes import MICROSOFT, OPSET
 from ganglion.partitioner.graphs.products import Products
 from ganglion.partitioner.quantize.recipe import Recipe
 from ganglion.wire.nouns import Segment
+from ganglion.wire.shares import Groups
 
 __all__ = ["MICROSOFT", "OPSET", "Builder"]
 
 
 class Builder(Products):
-    """Builds the graph of `count` groups of a segment. A builder of a core calls `entry`, products, and `leave`."""
+    """Builds the graph of a share of a segment. A builder of a core calls `entry`, products, and `leave`."""
 
-    def __init__(self, plan: SegmentPlan, segment: Segment, count: int, model: Model, recipe: Recipe) -> None:
-        super().__init__(plan, segment, count, recipe)
+    def __init__(self, plan: SegmentPlan, segment: Segment, share: Groups, model: Model, recipe: Recipe) -> None:
+        super().__init__(plan, segment, share, recipe)
         self.model = model
         self.width = plan.width or model.hidden
 

@@ -105,10 +105,14 @@ class Nodes:
         """End this graph with rows `value`, called `name`, and begin the next with them: [S, width] float32."""
         self.rename(value, name)
         self.output(name, ["S", width])
-        self._finished.append(self._serialized())
-        self._begin()
+        self.end()
         self.name = name  # graphs without weights are equal, whatever the formats of their segments
         return self.input(name, ["S", width])
+
+    def end(self) -> None:
+        """End this graph, and begin the next."""
+        self._finished.append(self._serialized())
+        self._begin()
 
     def finish(self) -> tuple[bytes, ...]:
         """The graphs in the order in which they run, serialized deterministically."""

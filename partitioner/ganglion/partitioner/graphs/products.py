@@ -19,8 +19,8 @@ from ganglion.partitioner.graphs.nodes import MICROSOFT, Nodes
 from ganglion.partitioner.quantize.formats import Format
 from ganglion.partitioner.quantize.recipe import Recipe
 from ganglion.partitioner.slots import sums_by_group
-from ganglion.wire.nouns import Range, Segment
-from ganglion.wire.shares import slot_offsets
+from ganglion.wire.nouns import Segment
+from ganglion.wire.shares import Groups, group_count, share_pieces, slot_offsets
 
 TINY: Final = 1e-8  # a row whose numbers are all smaller is rounded as if one were as large
 ROW_LEVELS: Final = 127.0  # of a row's numbers, on either side of zero
@@ -28,16 +28,17 @@ ROW_ZERO: Final = np.uint8(128)
 
 
 class Products(Nodes):
-    """Adds products to the graph of `count` groups of a segment."""
+    """Adds products to the graph of a share of a segment; `held`: pieces of each slot, `sizes`: bytes of one."""
 
-    def __init__(self, plan: SegmentPlan, segment: Segment, count: int, recipe: Recipe) -> None:
+    def __init__(self, plan: SegmentPlan, segment: Segment, share: Groups, recipe: Recipe) -> None:
         super().__init__(plan.kind)
-        self.plan, self.count, self.recipe = plan, count, recipe
+        self.plan, self.count, self.recipe = plan, group_count(share), recipe
         self.numeric_class = recipe.numeric_class
         self.exact = self.numeric_class.exact
         self.wide = TensorProto.DOUBLE if self.exact else TensorProto.FLOAT
-        self.offsets = slot_offsets(segment, Range(0, count))
-        self.sizes = {slot.name: slot.growth * slot.pieces[0].size for slot in segment.slots}
+        self.offsets = slot_offsets(segment, share)
+        self.held = {slot.name: len(share_pieces(slot, share)) for slot in segment.slots}
+        self.sizes = {slot.name: slot.growth * slot.pieces[0].size for slot in segment.slots if slot.pieces}
         self._rounded_rows: dict[str, tuple[str, str]] = {}
 
     def seam(self, value: str, name: str, width: int) -> str:

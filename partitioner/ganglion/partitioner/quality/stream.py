@@ -16,7 +16,7 @@ from ganglion.partitioner.graphs import build_graphs
 from ganglion.partitioner.quantize.recipe import Recipe
 from ganglion.partitioner.slots import Array, cut_group, cut_whole, slots_of
 from ganglion.partitioner.weights import Floats
-from ganglion.wire.nouns import EXACT_POSITIONS, PieceRef, Range, Segment, Slot
+from ganglion.wire.nouns import EXACT_POSITIONS, PieceRef, Range, Segment
 from ganglion.wire.shares import write_weights
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -75,27 +75,21 @@ def start(plan: SegmentPlan, layout: Layout, recipe: Recipe, cut: Cut, open_sess
     """Sessions of all groups of a segment with the numbers in `cut`."""
     pieces: dict[str, memoryview] = {}
 
-    def put(slot: str, group: int, array: Array) -> PieceRef:
+    def put(slot: str, place: int, array: Array) -> PieceRef:
         view = np.ascontiguousarray(array).data.cast("B")
-        name = hashlib.sha256(f"{slot}/{group}".encode()).hexdigest()  # of its place: nothing here is stored
+        name = hashlib.sha256(f"{slot}/{place}".encode()).hexdigest()  # of its place: nothing here is stored
         pieces[name] = view
         return PieceRef(name, view.nbytes)
 
     slots = tuple(
-        Slot(
-            name=slot.name,
-            join=slot.join,
-            rows=slot.rows,
-            stored=slot.stored,
-            pieces=tuple(put(slot.name, group, array) for group, array in enumerate(cut[slot.name])),
-        )
+        slot.filled(tuple(put(slot.name, place, array) for place, array in enumerate(cut.get(slot.name, ()))))
         for slot in slots_of(plan, recipe)
     )
     segment = Segment(kind=plan.kind, axis=plan.axis, groups=plan.groups, slots=slots)
-    weights = io.BytesIO()
-    write_weights(segment, Range(0, plan.groups), pieces.__getitem__, weights)
+    weights, share = io.BytesIO(), Range(0, plan.groups)
+    write_weights(segment, share, pieces.__getitem__, weights)
     pieces.clear()
-    graphs = build_graphs(plan, segment, plan.groups, layout.model, recipe)
+    graphs = build_graphs(plan, segment, share, layout.model, recipe)
     return tuple(open_session(graph, weights.getvalue()) for graph in graphs)
 
 
@@ -141,4 +135,16 @@ def run(sessions: Sessions, plan: SegmentPlan, layout: Layout, state: State) -> 
         names = [one.name for one in session.get_outputs() if not one.name.startswith("present_")]
         taken = {one.name: (feeds | found)[one.name] for one in session.get_inputs()}
         found |= zip(names, session.run(names, taken), strict=True)
+        if "chosen" in found and "index" not in feeds:  # whole experts: rows go once to each of theirs
+            each = found["chosen"].shape[1]
+            feeds["index"], found["rows"] = found["chosen"].reshape(-1), np.repeat(found["rows"], each, axis=0)
+    if "given" in found:
+        found["partial"] = mixed(found["given"], found["weights"], state.delta.dtype)
     return found
+
+
+def mixed(given: Floats, weights: Floats, wide: Any) -> Array:
+    """The sum over each row's experts: given [rows * k, hidden], weights [rows, k] -> [rows, hidden] of type `wide`."""
+    products = given.reshape(*weights.shape, -1) * weights[..., None]
+    total: Array = products.sum(axis=1, dtype=wide)
+    return total

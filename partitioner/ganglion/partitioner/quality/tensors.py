@@ -9,6 +9,8 @@ from os.path import commonprefix
 import numpy as np
 
 from ganglion.partitioner.classes import Layout
+from ganglion.partitioner.expert_slots import OTHER
+from ganglion.partitioner.families.experts import Mixture
 from ganglion.partitioner.families.plans import GatedMlp, Linear, SegmentPlan
 from ganglion.partitioner.quality.stream import Cut, OpenSession, Sessions, State, cut_segment, run, start
 from ganglion.partitioner.quantize.blocks import dequantize
@@ -96,17 +98,20 @@ class Pair:
         return [*found, self._stacked(relative(self._only_stacks()))] if self._stacks() else found
 
     def _stacks(self) -> list[str]:
-        """The slots of rounded matrices that are no `Linear`: experts, which have the class's format."""
+        """The slots of rounded matrices that are no `Linear`: experts, in the class's format or another."""
         linear = {matrix.slot for matrix in self.plan.linears}
         return [slot for slot in self._cut if f"{slot}_scales" in self._cut and slot not in linear]
 
     def _stacked(self, relative: float) -> Noise:
-        form = self.layout.recipe.base
+        formats = self.layout.recipe.of_experts(self.plan.core) if isinstance(self.plan.core, Mixture) else ()
         tally = _Tally()
         width = outputs = 0
         for slot in self._stacks():
-            scales = self._cut[f"{slot}_scales"]
-            for exact, values, scale in zip(self._plain_cut[slot], self._cut[slot], scales, strict=True):
+            form, experts = formats[slot.startswith(OTHER)]
+            exacts, scales = self._plain_cut[slot.removeprefix(OTHER)], self._cut[f"{slot}_scales"]
+            if len(formats) > 1:
+                exacts = [exacts[expert] for expert in experts]
+            for exact, values, scale in zip(exacts, self._cut[slot], scales, strict=True):
                 inputs = exact.shape[-1]
                 packed = Packed(values.reshape(-1, *values.shape[-2:]), scale.reshape(-1, scale.shape[-1]))
                 numbers = exact.reshape(-1, inputs)
@@ -114,12 +119,12 @@ class Pair:
                 width, outputs = max(width, inputs), outputs + len(numbers)
         names = [name for name in self.plan.tensors() if name not in _named(self.plan)]
         pattern = f"{commonprefix(names)}*"  # noqa: RUF071 - of characters: up to where the experts' names part
-        return Noise(pattern, form, outputs, width, tally, relative)
+        return Noise(pattern, self.layout.recipe.base, outputs, width, tally, relative)
 
     def _only_stacks(self) -> Sessions:
         """The segment with only these rounded."""
         plain = {f"{matrix.tensor}.weight": Format("fp32") for matrix in self.plan.linears}
-        recipe = replace(self.layout.recipe, exceptions=plain)
+        recipe = replace(self.layout.recipe, exceptions={**self.layout.recipe.exceptions, **plain})
         linear = {matrix.slot for matrix in self.plan.linears}
         cut: Cut = {slot: self._plain_cut[slot] if slot in linear else arrays for slot, arrays in self._cut.items()}
         return start(self.plan, self.layout, recipe, cut, self._open)

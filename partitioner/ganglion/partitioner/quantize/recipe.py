@@ -12,6 +12,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from ganglion.partitioner.families.experts import Mixture
 from ganglion.partitioner.families.plans import Linear, SegmentPlan
 from ganglion.partitioner.quantize.formats import EXACT_BLOCK, Format, Rounding, parse_format
 from ganglion.partitioner.quantize.repack import block_for
@@ -62,9 +63,22 @@ class Recipe:
             return ""
         return "bfloat16" if f"{matrix.tensor}.weight" in self.bfloat16 else "float16"
 
+    def of_expert(self, core: Mixture, expert: int) -> Format:
+        """The format of an expert, which all of its matrices have."""
+        return self.exceptions.get(core.names_of(expert)[0], self.base)
+
+    def of_experts(self, core: Mixture) -> tuple[tuple[Format, tuple[int, ...]], ...]:
+        """The experts of a layer by format: the class's own first, and where any has another, that."""
+        by_format: dict[Format, list[int]] = {self.base: []}
+        for expert in range(core.stacked):
+            by_format.setdefault(self.of_expert(core, expert), []).append(expert)
+        return tuple((form, tuple(experts)) for form, experts in by_format.items())
+
     def named(self, plan: SegmentPlan) -> SegmentPlan:
         """The segment with the exceptions of its matrices in its kind, which names its graphs."""
         other = [f"{m.slot}={self.of(m).name}" for m in plan.linears if self.of(m) != self.base]
+        if isinstance(plan.core, Mixture):
+            other += [f"experts={form.name}" for form, _ in self.of_experts(plan.core)[1:]]
         return replace(plan, kind="+".join([plan.kind, *other]))
 
 
@@ -79,7 +93,7 @@ def recipe_of(
     """The recipe of a class for the segments `plans`, whose matrices `tensor` opens; nothing of them is read.
 
     numeric_class: its `exceptions` are replaced by the recipe's own. Raises InvalidRequest for a rule that matches no
-    tensor, or a block that an exact class does not have.
+    tensor, a block that an exact class does not have, or a format that an expert cannot have.
     """
     base = base_of(numeric_class)
     at_most = EXACT_BLOCK if numeric_class.exact else FAST_BLOCK
@@ -93,18 +107,25 @@ def recipe_of(
         form = rules.of(name)
         if form is None:
             form = _as_stored(opened[name].packing, base, at_most, matrix.width if summed else 0, bits)
-        elif numeric_class.exact and form.block > EXACT_BLOCK:
-            raise InvalidRequest(
-                f"{name}: format {form.name} in an exact class, whose blocks are at most {EXACT_BLOCK}; use "
-                f"{replace(form, block=EXACT_BLOCK).name} or a fast class",
-                param="exceptions",
-            )
-        elif numeric_class.prompt and form != PROMPT:
-            marked[f"prompt {name}"] = form
+        else:
+            _check_exact(name, form, numeric_class)
+            if numeric_class.prompt and form != PROMPT:
+                marked[f"prompt {name}"] = form
         if form != base:
             exceptions[name] = form
+    mixtures = [(plan.core, plan.axis == "experts") for plan in plans if isinstance(plan.core, Mixture)]
+    for core, whole in mixtures:
+        exceptions |= _of_experts(core, numeric_class, rules) if whole else {}
+    of_experts = {name for core, _ in mixtures for expert in range(core.stacked) for name in core.names_of(expert)}
+    known = opened.keys() | {name for name in of_experts if mixtures[0][1]}
     for pattern, _ in rules.exceptions:
-        if pattern not in opened and not any(fnmatchcase(name, pattern) for name in opened):
+        if pattern not in known and not any(fnmatchcase(name, pattern) for name in known):
+            if any(fnmatchcase(name, pattern) for name in of_experts):
+                raise InvalidRequest(
+                    f"exceptions name experts as {pattern!r}, which have formats of their own only where they are cut"
+                    " whole; use --experts whole",
+                    param="experts",
+                )
             some = ", ".join(sorted(opened)[:3])
             raise InvalidRequest(
                 f"exceptions name {pattern!r}, which no matrix of the model is called; there are {some}, ...",
@@ -117,6 +138,48 @@ def recipe_of(
     )
     named = msgspec.structs.replace(numeric_class, exceptions=_digest(exceptions | marked, rules.rounding))
     return Recipe(named, exceptions, bfloat16, rules.rounding)
+
+
+def _check_exact(name: str, form: Format, numeric_class: NumericClass) -> None:
+    if numeric_class.exact and form.block > EXACT_BLOCK:
+        raise InvalidRequest(
+            f"{name}: format {form.name} in an exact class, whose blocks are at most {EXACT_BLOCK}; use "
+            f"{replace(form, block=EXACT_BLOCK).name} or a fast class",
+            param="exceptions",
+        )
+
+
+def _of_experts(core: Mixture, numeric_class: NumericClass, rules: Rules) -> dict[str, Format]:
+    """The exceptions of a layer's whole experts, by the names of `Mixture.names_of`."""
+    base, found = base_of(numeric_class), dict[str, Format]()
+    for expert in range(core.stacked):
+        names = core.names_of(expert)
+        asked = {rules.of(name) or base for name in names}
+        if len(asked) > 1:
+            each = " and ".join(sorted(form.name for form in asked))
+            raise InvalidRequest(
+                f"{names[0]}: an expert in {each}; its matrices have one format, name all of {', '.join(names)}",
+                param="exceptions",
+            )
+        (form,) = asked
+        if form == base:
+            continue
+        _check_exact(names[0], form, numeric_class)
+        divides = not form.block or not (core.hidden % form.block or core.width % form.block)
+        if form.kind == "fp16" or form.per_row or form.zero_points or not divides:
+            raise InvalidRequest(
+                f"{names[0]}: format {form.name}; an expert has fp32, or int4 or int8 with a block that divides its"
+                f" {core.width} columns and {core.hidden} inputs, as int8-{base.block or EXACT_BLOCK}",
+                param="exceptions",
+            )
+        found |= dict.fromkeys(names, form)
+    if len(set(found.values())) > 1:
+        each = ", ".join(sorted(form.name for form in set(found.values())))
+        raise InvalidRequest(
+            f"{core.router}: experts in {each} beside {base.name}; the experts of a layer have one other format",
+            param="exceptions",
+        )
+    return found
 
 
 def prompt_recipe(recipe: Recipe, plans: Iterable[SegmentPlan], rules: Rules) -> Recipe:
