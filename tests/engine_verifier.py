@@ -6,12 +6,12 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
-from ganglion.agent.lead.sampling import parse_sampling
 from ganglion.agent.speculation.engine import Ask, DraftEngine
 from ganglion.agent.speculation.queue import DraftQueue
 from ganglion.proto import lane_pb2
 from ganglion.wire.errors import DeviceLost, GanglionError, Internal, Unreachable
 from ganglion.wire.prefixes import Prefix
+from ganglion.wire.sampling.parameters import parse_sampling
 
 NUMERIC_CLASS = "fp32-exact"
 

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ganglion.agent.speculation.contract import tokenizer_digest
 from ganglion.agent.speculation.http.rounds import RoundStream, RoundVerifier
 from ganglion.proto import lane_pb2
-from ganglion.wire.nouns import Manifest, digest
+from ganglion.wire.nouns import Manifest, digest, tokenizer_digest
 from ganglion.wire.prefixes import Prefix
 
 SCRIPT = Path(__file__).parents[1] / "deploy" / "ray" / "replica.py"

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ganglion.agent.speculation.contract import tokenizer_digest
 from ganglion.proto import lane_pb2
-from ganglion.wire.nouns import digest
+from ganglion.wire.nouns import digest, tokenizer_digest
 from ganglion.wire.prefixes import Prefix
 
 DEADLINE_S = 20.0

@@ -102,13 +102,19 @@ class PeerLost(msgspec.Struct, frozen=True, kw_only=True, tag="peer_lost"):
     reason: str
 
 
+class Routes(msgspec.Struct, frozen=True, kw_only=True, tag="routes"):
+    """Which experts tokens were sent to since the last one: a serialized RouteReport of fleet.proto."""
+
+    report: bytes
+
+
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     """The worker cannot go on and exits."""
 
     error: ErrorBody
 
 
-Event = Loading | Listening | Connected | PeerLost | Failed
+Event = Loading | Listening | Connected | PeerLost | Routes | Failed
 
 
 def encode(message: Command | Event) -> bytes:

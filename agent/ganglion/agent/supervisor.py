@@ -59,6 +59,7 @@ from ganglion.agent.supervisor_messages import (
     heartbeat_message,
     held_message,
     offer_message,
+    routes_message,
     status_message,
 )
 from ganglion.agent.supervisor_orders import (
@@ -74,7 +75,7 @@ from ganglion.proto import fleet_pb2, identity_pb2
 from ganglion.wire import rpc
 from ganglion.wire.address import join_address
 from ganglion.wire.errors import GanglionError, Internal
-from ganglion.wire.hello import DRAFTING
+from ganglion.wire.hello import DRAFTING, ROUTES
 from ganglion.wire.home import Home
 from ganglion.wire.identity import Identity
 from ganglion.wire.lane_upgrade import LaneMode
@@ -476,6 +477,8 @@ class Supervisor:
             await self._stop_worker(key)
 
     def _said(self, key: Key, said: control.Event) -> None:
+        if isinstance(said, control.Routes) and ROUTES in self._stream.features and self._stream.up:
+            self._outbox.put(routes_message(said.report))
         if not isinstance(said, control.Loading) or self._due(key):
             self._handle(WorkerSaid(key, said))
 

@@ -336,7 +336,7 @@ class Assignments:
         assignment.done_bytes, assignment.total_bytes = done_bytes, total_bytes
         return [assignment.report()]
 
-    def _said(self, assignment: _Assignment, said: control.Event) -> list[Command]:
+    def _said(self, assignment: _Assignment, said: control.Event) -> list[Command]:  # noqa: PLR0911 - one each
         match said:
             case control.Loading(done_bytes=done_bytes, total_bytes=total_bytes):
                 return self._progress(assignment, Phase.LOADING, done_bytes, total_bytes)
@@ -347,6 +347,8 @@ class Assignments:
             case control.Connected() if assignment.phase is Phase.CONNECTING:
                 assignment.phase = Phase.CONNECTED
                 return [assignment.report()]
+            case control.Routes():
+                return []  # no matter of where the assignment stands
             case control.PeerLost(node_id=node_id, reason=reason):
                 return self._fail(assignment, DeviceLost(f"the lane to {node_id} broke: {reason}"))
             case control.Failed(error=body):

@@ -77,6 +77,11 @@ def offer_message(offer: Offer | None) -> fleet_pb2.AgentMessage:
     return fleet_pb2.AgentMessage(draft_offer=fleet_pb2.DraftOffer(manifest=offer.manifest, drafting=offer.drafting))
 
 
+def routes_message(report: bytes) -> fleet_pb2.AgentMessage:
+    """A lead's report of a mixture's routes, serialized."""
+    return fleet_pb2.AgentMessage(routes=fleet_pb2.RouteReport.FromString(report))
+
+
 def held_message(held: Held) -> fleet_pb2.AgentMessage:
     """Which models lie here."""
     return fleet_pb2.AgentMessage(

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from ganglion.agent.control import (
     Command,
@@ -33,9 +35,11 @@ from ganglion.agent.control import (
     Loading,
     PeerEntry,
     PeerLost,
+    Routes,
     decode_command,
     encode,
 )
+from ganglion.agent.exchange.experts import is_expert_parallel
 from ganglion.agent.executor.choice import load_torch, parse_executor
 from ganglion.agent.executor.embedding import EmbeddingTable
 from ganglion.agent.executor.executor import Executor
@@ -44,10 +48,13 @@ from ganglion.agent.executor.port import StepExecutor
 from ganglion.agent.executor.prepacked import Prepacked
 from ganglion.agent.lead.driver import Lead
 from ganglion.agent.lead.grammar import Grammars
+from ganglion.agent.lead.routes import RouteRecorder
+from ganglion.agent.paging.pager import Pager
 from ganglion.agent.store import PieceStore
 from ganglion.agent.worker_beat import Beat
 from ganglion.agent.worker_drafting import DraftingFor, Guessing, Room, load_guessing, refuse_target
 from ganglion.agent.worker_follow import Follower
+from ganglion.agent.worker_hold import Holder
 from ganglion.agent.worker_lanes import LaneBoard, record_of
 from ganglion.agent.worker_stage import StageRunner, vocab_shares
 from ganglion.proto import lane_pb2
@@ -134,8 +141,9 @@ class Worker:
         self._admit(loaded, command.gateways)
         await loaded.board.connect(command.peers)
         lanes = loaded.board.lanes
-        runner = StageRunner(loaded.manifest, loaded.plan, loaded.rank, loaded.executor, lanes)
         if loaded.embedding is not None:
+            self._record_routes(loaded)
+            runner = StageRunner(loaded.manifest, loaded.plan, loaded.rank, loaded.executor, lanes)
             self._lead = Lead(
                 loaded.manifest,
                 loaded.plan,
@@ -154,10 +162,32 @@ class Worker:
                     loaded.identity, loaded.manifest, loaded.plan.drafting, loaded.guessing, local
                 )
             loop = asyncio.create_task(self._lead.run())
+        elif loaded.by_experts:
+            holder = Holder(
+                loaded.manifest, loaded.plan, loaded.rank, executor=loaded.executor, lane=lanes[0], beat=loaded.beat
+            )
+            loop = asyncio.create_task(holder.run())
         else:
+            runner = StageRunner(loaded.manifest, loaded.plan, loaded.rank, loaded.executor, lanes)
             loop = asyncio.create_task(Follower(runner, lanes[0], loaded.beat).run())
         self._serving = asyncio.create_task(self._serve(loaded, loop))
         self._emit(Connected())
+
+    def _record_routes(self, loaded: _Loaded) -> None:
+        """Of a model that is cut by experts, count which ones are chosen here, and report it."""
+        if not any(segment.axis == "experts" for layer in loaded.manifest.layers for segment in layer.segments):
+            return
+        recorder = RouteRecorder(loaded.plan.manifest_digest, len(loaded.manifest.layers))
+        loop = asyncio.get_running_loop()
+
+        def record(layer: int, chosen: NDArray[np.int64]) -> None:
+            recorder.record(layer, chosen)
+            if layer == last and recorder.due and (report := recorder.take()) is not None:
+                loop.call_soon_threadsafe(self._emit, Routes(report=report.SerializeToString()))
+
+        here = loaded.manifest.layers[: loaded.plan.stages[0].layers.stop]
+        last = max(number for number, layer in enumerate(here) if any(one.axis == "experts" for one in layer.segments))
+        loaded.executor.on_routes = record
 
     # Sessions.
 
@@ -257,6 +287,8 @@ class Worker:
             await self._loaded.board.close()
             await self._loaded.server.stop()
             self._loaded.beat.close()
+            if self._loaded.pager is not None:
+                self._loaded.pager.close()
             self._loaded.prepacked.close()
         self.remove_files()
 
@@ -279,6 +311,7 @@ class _Loaded:
         if command.node_id != self.identity.node_id or command.node_id not in self.plan.devices:
             raise InvalidDocument(f"the plan has no share for {self.identity.node_id}")
         self.rank = self.plan.devices.index(command.node_id)
+        self.by_experts = is_expert_parallel(self.manifest, self.plan)
         stage, share = _part_of(self.plan, command.node_id)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700)
@@ -288,6 +321,7 @@ class _Loaded:
         choice = parse_executor(command.executor)
         self.executor: StepExecutor
         shard = None  # that a drafter may share
+        self.pager: Pager | None = None
         if choice.kind == "torch":
             self.executor = load_torch(
                 self.manifest, self.plan, stage, share, choice, open_piece=store.open, progress=progress
@@ -302,6 +336,7 @@ class _Loaded:
                 progress=progress,
                 prepacked=self.prepacked,
             )
+            self.pager = shard.pager
             self.executor = Executor(self.manifest, self.plan, shard, store.open)
         self.embedding = EmbeddingTable(self.manifest, store.open) if self.rank == 0 else None
         self.grammars = Grammars(self.manifest, store.open)

@@ -20,7 +20,6 @@ from ganglion.agent import control
 from ganglion.agent.executor.embedding import EmbeddingTable
 from ganglion.agent.executor.loader import Shard, load_shard
 from ganglion.agent.executor.prepacked import Prepacked
-from ganglion.agent.speculation.contract import tokenizer_digest
 from ganglion.agent.speculation.drafters import Drafter, ModelDrafter, NGram, Propose
 from ganglion.agent.speculation.early import early_layers, early_shard
 from ganglion.agent.speculation.engine import DraftEngine
@@ -33,8 +32,18 @@ from ganglion.proto import identity_pb2, lane_pb2
 from ganglion.wire.errors import GanglionError, InvalidDocument, InvalidRequest, Unsupported
 from ganglion.wire.identity import Identity
 from ganglion.wire.limits import MANIFEST_BYTES
-from ganglion.wire.nouns import TOKENIZER_FILE, Drafting, Manifest, Plan, Range, Share, Stage, digest, from_json
-from ganglion.wire.shares import OpenPiece
+from ganglion.wire.nouns import (
+    TOKENIZER_FILE,
+    Drafting,
+    Manifest,
+    Plan,
+    Range,
+    Stage,
+    digest,
+    from_json,
+    tokenizer_digest,
+)
+from ganglion.wire.shares import OpenPiece, whole_share
 
 log = logging.getLogger(__name__)
 
@@ -109,14 +118,9 @@ def _texts(manifest: Manifest, open_piece: OpenPiece) -> TokenTexts:
 
 
 def _load_whole(manifest: Manifest, device: str, room: Room) -> Shard:
-    geometry = manifest.geometry
-    share = Share(
-        device=device,
-        heads=Range(0, geometry.head_groups),
-        columns=Range(0, geometry.column_groups),
-        vocab=Range(0, geometry.vocab_groups),
-    )
-    stage = Stage(layers=Range(0, geometry.layers), shares=(share,), topology="mesh")
+    layers = Range(0, manifest.geometry.layers)
+    share = whole_share(manifest, device, layers)
+    stage = Stage(layers=layers, shares=(share,), topology="mesh")
     folder = room.folder / "drafter"
     folder.mkdir(mode=0o700, exist_ok=True)
     return load_shard(
@@ -239,6 +243,11 @@ class DraftingFor:
         if request.target != self._drafting.target:
             raise InvalidRequest(
                 f"this device drafts for {self._drafting.target}, not for {request.target[:128]!r}", param="target"
+            )
+        if request.HasField("choosing"):
+            raise InvalidRequest(
+                f"choosing is set in a session for {self._drafting.target}, for which this device drafts",
+                param="choosing",
             )
         return self._hybrid.serve(request, client)
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ganglion.agent.exchange.allreduce import AllReduce
+from ganglion.agent.exchange.experts import ExpertExchange, is_expert_parallel
 from ganglion.agent.exchange.payload import payload_of
 from ganglion.agent.exchange.plan import contributors, plan_exchange, stage_ranks
 from ganglion.agent.executor.buffers import Delta
 from ganglion.agent.executor.port import StepBatch, StepExecutor
-from ganglion.agent.lead.adjusting import VocabShare
 from ganglion.agent.lead.candidates import Answer, answer
 from ganglion.agent.lead.draw import Draw
 from ganglion.wire.errors import Internal, InvalidDocument, ProtocolViolation
@@ -22,6 +23,7 @@ from ganglion.wire.frames import Dtype, Expectation, Kind
 from ganglion.wire.lane import Lane
 from ganglion.wire.nouns import Manifest, Plan, Segment
 from ganglion.wire.nouns.plan import Payload
+from ganglion.wire.sampling.adjusting import VocabShare
 
 
 def vocab_shares(manifest: Manifest, plan: Plan) -> dict[int, VocabShare]:
@@ -63,9 +65,13 @@ class StageRunner:
         self._handed = executor.handed_width if number else 0
         self._vocab = vocab_shares(manifest, plan).get(rank)
         self._logits: NDArray[np.float32] | None = None
+        self._kept: dict[int, NDArray[np.float32]] = {}  # by session: its row of this device's logits
         self._source = None if rank == 0 else lanes[0] if number == 0 else lanes[ranks_by_stage[number - 1][0]]
         following = ranks_by_stage[number + 1] if rank == ranks[0] and number + 1 < len(plan.stages) else ()
-        self._peers = tuple(lanes[other] for other in ranks[1:]) if rank == 0 else ()
+        # Devices that hold experts only get rows when they are needed, and no residual.
+        by_experts = is_expert_parallel(manifest, plan)
+        self._experts = ExpertExchange(manifest, plan, lanes) if by_experts else None
+        self._peers = tuple(lanes[other] for other in ranks[1:]) if rank == 0 and not by_experts else ()
         self._following = tuple(lanes[other] for other in following)
         layers = manifest.layers[stage.layers.start : stage.layers.stop]
         segments = [segment for layer in layers for segment in layer.segments]
@@ -80,7 +86,7 @@ class StageRunner:
     ) -> tuple[AllReduce | None, ...]:
         """The exchange after each segment; who gives is who has groups of what it sums: since the last exchange."""
         stage, ranks = plan.stages[number], stage_ranks(plan)[number]
-        if len(ranks) == 1:
+        if len(ranks) == 1 or self._experts is not None:
             return (None,) * len(segments)
         made: dict[tuple[int, ...], AllReduce] = {}
         found: list[AllReduce | None] = []
@@ -155,6 +161,10 @@ class StageRunner:
                     meter.exchange_s += now - before
                 if index == len(self._exchanges):
                     continue
+                if self._experts is not None and self._experts.sends(index):
+                    await self._run_experts(self._experts, step, part, index)
+                    now = time.perf_counter()
+                    continue
                 partial = executor.run(part, index)
                 before, now = now, time.perf_counter()
                 meter.compute_s += now - before
@@ -163,6 +173,21 @@ class StageRunner:
                     sums[number] = partial
                     before, now = now, time.perf_counter()
                     meter.exchange_s += now - before
+
+    async def _run_experts(self, exchange: ExpertExchange, step: int, batch: StepBatch, index: int) -> None:
+        """A layer whose experts lie on several devices: those here run while the others do."""
+        executor, meter = self.executor, self.meter
+        began = time.perf_counter()
+        routed = executor.route(batch, index)
+        routed_at = time.perf_counter()
+        routing = await exchange.give(step, index, routed)
+        given_at = time.perf_counter()
+        partial = executor.leave(batch, index)
+        exchange.run_own(index, routing, functools.partial(executor.experts, index), partial)
+        ran_at = time.perf_counter()
+        await exchange.take(step, routing, partial)
+        meter.compute_s += routed_at - began + ran_at - given_at
+        meter.exchange_s += given_at - routed_at + time.perf_counter() - ran_at
 
     def _exchange(self, index: int) -> AllReduce:
         exchange = self._exchanges[index]
@@ -189,3 +214,25 @@ class StageRunner:
         if self._vocab is None or self._logits is None or not 0 <= number < len(self._logits):
             raise ProtocolViolation(f"draw {number} was asked of a device that has none")
         return answer(self._logits[number], self._vocab, draw)
+
+    def keep(self, number: int, session: int) -> None:
+        """Keep the `number`-th row of the last `head` for `session`, in place of the one before, until `drop`."""
+        if self._logits is None or not 0 <= number < len(self._logits):
+            raise ProtocolViolation(f"row {number} was to be kept by a device that has none")
+        self._kept[session] = self._logits[number].copy()
+
+    def kept(self, session: int, ids: NDArray[np.uint32] | None) -> NDArray[np.float32]:
+        """The raw logits of ids (from the share's first on; None: all) in the row that was kept; ProtocolViolation."""
+        row = self._kept.get(session)
+        if row is None:
+            raise ProtocolViolation(f"no row of session {session} was kept")
+        if ids is None:
+            return row
+        if ids.max(initial=0) >= row.size:
+            raise ProtocolViolation(f"the logit of id {ids.max()} was asked for; this share has {row.size}")
+        return row[ids]
+
+    def drop(self, sessions: Iterable[int]) -> None:
+        """These sessions are over."""
+        for session in sessions:
+            self._kept.pop(session, None)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from ganglion.agent.exchange.allreduce import AllReduce
-from ganglion.agent.exchange.payload import BLOCK, decode, dtype_of, encode, width_of
+from ganglion.agent.exchange.payload import decode, encode
 from ganglion.agent.exchange.plan import plan_exchange
+from ganglion.wire.payload import BLOCK, dtype_of, width_of
 
 RNG = np.random.default_rng(3)
 

@@ -16,12 +16,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ganglion.agent.lead import candidates, noise, sampler
-from ganglion.agent.lead.adjusting import VocabShare
+from ganglion.agent.lead import candidates, sampler
 from ganglion.agent.lead.draw import Draw
-from ganglion.agent.lead.sampling import Sampling, parse_sampling
 from ganglion.proto import lane_pb2
 from ganglion.wire.errors import InvalidRequest, ProtocolViolation
+from ganglion.wire.sampling import noise
+from ganglion.wire.sampling.adjusting import VocabShare
+from ganglion.wire.sampling.parameters import Sampling, parse_sampling
 
 GROUP_ROWS = 40
 

@@ -83,6 +83,36 @@ def test_a_full_queue_refuses():
         scheduler.open(99, 1)
 
 
+def test_where_somebody_else_says_what_follows_a_session_rests_until_it_is_said():
+    scheduler = Scheduler(chunk=4, sessions=2, kv_tokens=4096)
+    scheduler.open(1, 2)
+    scheduler.open(2, 1)
+    assert scheduler.next_step() == Step(1, (Entry(1, 0, 2, 1), Entry(2, 0, 1, 1)))
+    assert scheduler.next_step() is None
+    scheduler.chosen(1, 1)
+    assert scheduler.next_step() == Step(2, (Entry(1, 2, 1, 1),), decoding=1)
+    scheduler.chosen(1, 6)  # only the row of the last one draws
+    assert scheduler.next_step() == Step(3, (Entry(1, 3, 4, 0),))
+    assert scheduler.next_step() == Step(4, (Entry(1, 7, 2, 1),))
+    assert scheduler.next_step() is None
+
+
+def test_what_follows_may_be_said_of_a_session_that_was_put_back():
+    scheduler = Scheduler(chunk=512, sessions=2, kv_tokens=1024)
+    scheduler.open(1, 500)
+    scheduler.open(2, 2)
+    steps = [scheduler.next_step(), scheduler.next_step()]
+    assert [len(step.entries) for step in steps if step] == [2]
+    for _ in range(12):
+        scheduler.drawn(1)
+        steps.append(scheduler.next_step())
+    assert [step.put_back for step in steps if step and step.put_back] == [(2,)]
+    assert scheduler.active == {1}
+    scheduler.chosen(2, 3)
+    scheduler.close(1)
+    assert scheduler.next_step().entries == (Entry(2, 0, 5, 1),)
+
+
 def test_where_formats_mix_steps_of_both_roles_take_turns():
     scheduler = Scheduler(chunk=4, sessions=3, kv_tokens=4096, mixed=True)
     scheduler.open(1, 2, "a")

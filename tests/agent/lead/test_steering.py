@@ -24,14 +24,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ganglion.agent.lead import candidates, noise, sampler
-from ganglion.agent.lead.adjusting import NO_ADJUSTMENTS, Adjusting, Adjustments, VocabShare
+from ganglion.agent.lead import candidates, sampler
 from ganglion.agent.lead.draw import Draw, read_draw, write_draw
-from ganglion.agent.lead.penalties import Penalties
-from ganglion.agent.lead.sampling import Sampling
 from ganglion.agent.lead.steering import Steering
 from ganglion.proto import lane_pb2
 from ganglion.wire.errors import ProtocolViolation
+from ganglion.wire.sampling import noise
+from ganglion.wire.sampling.adjusting import NO_ADJUSTMENTS, Adjusting, Adjustments, VocabShare
+from ganglion.wire.sampling.parameters import Sampling
+from ganglion.wire.sampling.penalties import Penalties
 
 VOCAB, GROUP_ROWS = 101, 8
 SPLITS = ((), (3, 4), (1, 11))

@@ -17,16 +17,16 @@ from mixture_shapes import make_mixture
 from reference_runner import Runner, cut_evenly
 
 from ganglion.agent.executor.loader import start_runtime
-from ganglion.agent.lead.adjusting import Adjusting, VocabShare
 from ganglion.agent.lead.candidates import answer
 from ganglion.agent.lead.draw import Draw
-from ganglion.agent.lead.penalties import Penalties
 from ganglion.agent.lead.sampler import Drawn, draw_token
-from ganglion.agent.lead.sampling import Sampling
 from ganglion.agent.speculation.engine import DraftEngine, load_engine
 from ganglion.agent.store import PieceStore
 from ganglion.partitioner.cut import numeric_class, partition
 from ganglion.wire.nouns import Manifest
+from ganglion.wire.sampling.adjusting import Adjusting, VocabShare
+from ganglion.wire.sampling.parameters import Sampling
+from ganglion.wire.sampling.penalties import Penalties
 
 GREEDY = Sampling()
 LLAMA = {"num_key_value_heads": 4, "num_hidden_layers": 3, "max_position_embeddings": 1024}

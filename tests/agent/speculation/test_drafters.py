@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ganglion.agent.lead.sampling import Sampling
 from ganglion.agent.speculation.branching import Branch
 from ganglion.agent.speculation.drafters import Branching, Drafter, ModelDrafter, NGram, Propose
 from ganglion.agent.speculation.early import early_layers
 from ganglion.agent.speculation.engine import Ask
+from ganglion.wire.sampling.parameters import Sampling
 
 PROMPT = [72, 101, 108, 108, 111, 44, 32, 119, 111, 114, 108, 100, 33]
 GREEDY = Sampling()

@@ -9,13 +9,13 @@ from transformers import AutoModelForCausalLM
 
 from ganglion.agent.executor.embedding import EmbeddingTable
 from ganglion.agent.executor.loader import load_shard, start_runtime
-from ganglion.agent.lead.sampling import Sampling
 from ganglion.agent.speculation.early import early_layers, early_shard
 from ganglion.agent.speculation.engine import Ask, DraftEngine, draft_plan
 from ganglion.agent.store import needed_pieces
 from ganglion.agent.store.needs import all_pieces
 from ganglion.wire.errors import InvalidDocument, Unsupported
 from ganglion.wire.nouns import Manifest, from_json, to_json
+from ganglion.wire.sampling.parameters import Sampling
 
 IDS = [72, 101, 108, 108, 111, 44, 32, 119, 111, 114, 108, 100, 33]
 GREEDY = Sampling()

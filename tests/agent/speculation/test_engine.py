@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from ganglion.agent.executor.executor import Executor
-from ganglion.agent.lead.noise import noise
-from ganglion.agent.lead.sampling import Sampling
 from ganglion.agent.speculation.engine import Ask, DraftEngine, common_length
 from ganglion.wire.errors import Internal
+from ganglion.wire.sampling.noise import noise
+from ganglion.wire.sampling.parameters import Sampling
 
 PROMPT = [72, 101, 108, 108, 111, 44, 32, 119, 111, 114, 108, 100, 33, 10, 84, 104, 101, 32, 99, 97, 116]
 GREEDY = Sampling()

@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 from engine_verifier import NUMERIC_CLASS, EngineVerifier, unreachable
 
-from ganglion.agent.lead.sampling import Sampling, parse_sampling
-from ganglion.agent.speculation.contract import tokenizer_digest
 from ganglion.agent.speculation.early import early_layers
 from ganglion.agent.speculation.engine import Ask, DraftEngine, Guess
 from ganglion.agent.speculation.guesser import Guesser, Lookup
@@ -30,7 +28,8 @@ from ganglion.wire.errors import (
     Unavailable,
     Unsupported,
 )
-from ganglion.wire.nouns import digest
+from ganglion.wire.nouns import digest, tokenizer_digest
+from ganglion.wire.sampling.parameters import Sampling, parse_sampling
 
 DEADLINE_S = 20.0
 PROMPT = [72, 101, 108, 108, 111, 44, 32, 119, 111, 114, 108, 100, 33, 10, 84, 104, 101]

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ganglion.agent.lead.sampling import Sampling
 from ganglion.agent.speculation.guesser import Lookup
 from ganglion.agent.speculation.guessing import NO_GUESS, Ask
 from ganglion.agent.speculation.slots import Placed, SlotTable
+from ganglion.wire.sampling.parameters import Sampling
 
 PROMPT = [7, 8, 9]
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from ganglion.agent import control
+from ganglion.proto import fleet_pb2
 
 
 def say(event: control.Event) -> None:
@@ -45,6 +46,7 @@ def main() -> None:
             (Path(load.home) / "verifier").write_text(said)
         if isinstance(command, control.Connect):
             say(control.Connected())
+            say(control.Routes(report=fleet_pb2.RouteReport(manifest_digest="ab" * 32, tokens=600).SerializeToString()))
     while behavior == "deaf":
         signal.pause()
 

@@ -24,7 +24,7 @@ from ganglion.proto import fleet_pb2, identity_pb2
 from ganglion.wire import rpc
 from ganglion.wire.certificates import Role, TrustLabel
 from ganglion.wire.errors import Conflict, PermissionDenied
-from ganglion.wire.hello import DRAFTING
+from ganglion.wire.hello import DRAFTING, ROUTES
 from ganglion.wire.home import Home
 from ganglion.wire.identity import OwnerKey
 from ganglion.wire.nouns import (
@@ -340,6 +340,19 @@ async def test_an_offer_to_draft_is_made_to_who_takes_them(scene):
     assert (made.manifest, made.drafting) == (offer.manifest, offer.drafting)
     scene.fleet.send(draft_answer=fleet_pb2.DraftAnswer(target="big", refused="no"))
     await scene.fleet.until(lambda: answers == [("big", "no")], "the answer")
+
+
+async def test_routes_are_passed_on_to_who_takes_them(scene):
+    scene.fleet.features = (ROUTES,)
+    scene.agent.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await scene.agent
+    scene.start()
+    scene.assign(1)
+    await scene.reached(1, "listening")
+    scene.connect(1)
+    (told,) = await scene.fleet.until(lambda: scene.fleet.of("routes"), "a report of routes")
+    assert told.tokens == 600
 
 
 async def test_a_new_epoch_ends_the_old_worker_and_fences_it(scene):

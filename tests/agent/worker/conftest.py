@@ -26,6 +26,7 @@ from ganglion.agent import control
 from ganglion.agent.speculation.drafters import Drafter
 from ganglion.agent.store import PieceStore
 from ganglion.agent.worker import Worker
+from ganglion.models import DEMO_NAMES, demo_path
 from ganglion.partitioner.cut import numeric_class, partition
 from ganglion.proto import identity_pb2, lane_pb2
 from ganglion.wire.home import Home
@@ -43,7 +44,14 @@ SHAPES |= {
     for name, shape in FAMILY_SHAPES.items()
 }
 SHAPES |= {name: (functools.partial(make_mixture, shape=shape), {}) for name, shape in MIXTURE_SHAPES.items()}
-FORMATS = {"fp32": ("fp32", False), "int4": ("int4", False), "int4-fast": ("int4", True), "mixed": ("mixed", False)}
+SHAPES |= {name: (lambda _folder, name=name: demo_path(name), {}) for name in DEMO_NAMES}  # they share a tokenizer
+FORMATS = {
+    "fp32": ("fp32", False),
+    "int4": ("int4", False),
+    "int8": ("int8", False),
+    "int4-fast": ("int4", True),
+    "mixed": ("mixed", False),
+}
 
 
 def _world() -> Any:
@@ -79,22 +87,28 @@ class Model:
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Model]:
-    made: dict[tuple[str, str], Model] = {}
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Model]:
+    made: dict[tuple[str, str, str], Model] = {}
 
-    def make(shape: str = "llama", weights: str = "fp32") -> Model:
-        if (shape, weights) not in made:
+    def make(shape: str = "llama", weights: str = "fp32", experts: str = "columns") -> Model:
+        if (shape, weights, experts) not in made:
             folder = tmp_path_factory.mktemp(f"{shape}-{weights}")
             builder, options = SHAPES[shape]
             path = builder(folder / "checkpoint", **options)
             kind = numeric_class(path, FORMATS[weights][0], fast=FORMATS[weights][1])
             (folder / "store").mkdir(mode=0o700)
             store = PieceStore(folder / "store")
-            manifest = partition(path, store, name=shape, numeric_class=kind)
-            made[shape, weights] = Model(path, manifest, folder / "store", folder)
-        return made[shape, weights]
+            manifest = partition(path, store, name=shape, numeric_class=kind, experts=experts)
+            made[shape, weights, experts] = Model(path, manifest, folder / "store", folder)
+        return made[shape, weights, experts]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def model_class() -> type[Model]:
+    """For models that a test cuts itself."""
+    return Model
 
 
 @dataclass
@@ -130,6 +144,26 @@ class Cluster:
                 if event.WhichOneof("body") == "finished":
                     return found, event.finished
         raise AssertionError("no finished event")
+
+    def open_long(self, prompt: Sequence[int], count: int = 4000) -> Any:
+        """Events of an answer that goes on."""
+        return self.client.run(request(prompt, count))
+
+    @staticmethod
+    async def drain(events: Any) -> None:
+        async for _ in events:
+            pass
+
+    async def kill(self, rank: int) -> None:
+        """What a killed process looks like from outside: every stream and the port end without a word."""
+        worker = self.workers[rank]
+        worker._serving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await worker._serving
+        for lane in self.lanes(rank).values():
+            lane._end()
+            await lane._shut()
+        await worker._loaded.server.stop()
 
     async def heard(self, rank: int, kind: type[control.Event]) -> Any:
         """The first event of a kind from a worker, which may be yet to come."""

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from ganglion.agent.speculation.contract import tokenizer_digest
 from ganglion.agent.speculation.early import early_layers
 from ganglion.agent.speculation.engine import DraftEngine, load_engine
 from ganglion.agent.speculation.guesser import Guesser, Lookup
@@ -18,7 +17,7 @@ from ganglion.agent.speculation.verifier import AgentVerifier
 from ganglion.agent.store import PieceStore
 from ganglion.proto import identity_pb2, lane_pb2
 from ganglion.wire.errors import Unsupported
-from ganglion.wire.nouns import digest
+from ganglion.wire.nouns import digest, tokenizer_digest
 
 DEADLINE_S = 20.0
 PROMPT = [72, 101, 108, 108, 111, 44, 32, 119, 111, 114, 108, 100, 33]

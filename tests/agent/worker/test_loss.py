@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 
@@ -20,28 +19,6 @@ from ganglion.wire.session import SessionClient
 PROMPT = list(range(65, 85))
 
 
-def open_long(running):
-    sampling = lane_pb2.Sampling(top_p=1, top_logprobs=-1)
-    return running.client.run(lane_pb2.Open(prompt=PROMPT, max_tokens=4000, sampling=sampling))
-
-
-async def drain(events) -> None:
-    async for _ in events:
-        pass
-
-
-async def kill(running, rank: int) -> None:
-    """What a killed process looks like from outside: every stream and the port end without a word."""
-    worker = running.workers[rank]
-    worker._serving.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await worker._serving
-    for lane in running.lanes(rank).values():
-        lane._end()
-        await lane._shut()
-    await worker._loaded.server.stop()
-
-
 @pytest.mark.parametrize(
     ("layout", "topology", "victim"),
     [([[1, 1]], "mesh", 1), ([[1, 1, 1]], "mesh", 1), ([[1, 1, 1]], "star", 2), ([[1], [1, 1]], "mesh", 2)],
@@ -49,14 +26,14 @@ async def kill(running, rank: int) -> None:
 )
 async def test_a_device_killed_while_it_answers(cluster, model, layout, topology, victim):
     running = await cluster(model("llama"), layout, topology, context=4096)
-    async with contextlib.aclosing(open_long(running)) as events:
+    async with contextlib.aclosing(running.open_long(PROMPT)) as events:
         tokens = 0
         while tokens < 3:
             tokens += len((await anext(events)).tokens.tokens)
-        await kill(running, victim)
+        await running.kill(victim)
         killed = time.monotonic()
         with pytest.raises(DeviceLost, match=f"device-{victim}"):
-            await drain(events)
+            await running.drain(events)
     assert time.monotonic() - killed < 2.0
     lost = await running.heard(0, control.PeerLost)
     assert lost.node_id == running.plan.devices[victim]
@@ -67,7 +44,7 @@ async def test_a_device_killed_while_it_answers(cluster, model, layout, topology
 async def test_a_device_lost_while_nobody_asks(cluster, model):
     running = await cluster(model("llama"), [[1, 1, 1]])
     await running.tokens(PROMPT, 2)
-    await kill(running, 2)
+    await running.kill(2)
     for rank in (0, 1):
         assert (await running.heard(rank, control.PeerLost)).node_id == running.plan.devices[2]
     with pytest.raises(DeviceLost, match="device-2"):

@@ -129,7 +129,7 @@ async def test_numbers_that_are_not_finite_fail_the_session_by_name(cluster, mod
 
 
 async def test_more_candidates_are_fetched_when_the_mass_is_short(cluster, model, monkeypatch):
-    monkeypatch.setattr("ganglion.agent.lead.sampling.FILTER_CANDIDATES", 2)
+    monkeypatch.setattr("ganglion.wire.sampling.parameters.FILTER_CANDIDATES", 2)
     few = await cluster(model("llama"), [[1, 1, 1]])
     options = {"temperature": 2.0, "top_p": 0.97, "seed": 5}
     found = await few.tokens(PROMPT, 8, **options)

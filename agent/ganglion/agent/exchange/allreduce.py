@@ -8,11 +8,12 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ganglion.agent.exchange.payload import decode, dtype_of, encode, width_of
+from ganglion.agent.exchange.payload import decode, encode
 from ganglion.agent.exchange.plan import ExchangePlan
 from ganglion.wire.frames import Expectation, Kind, wire_dtype
 from ganglion.wire.lane import Lane
 from ganglion.wire.nouns.plan import Payload
+from ganglion.wire.payload import dtype_of, width_of
 
 _NOTHING: Final = np.empty((0, 0))
 

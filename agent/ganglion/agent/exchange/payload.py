@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from ganglion.wire.errors import InvalidDocument
 from ganglion.wire.nouns import Manifest, Plan
 from ganglion.wire.nouns.plan import Payload
+from ganglion.wire.payload import BLOCK
 
-BLOCK: Final = 64  # numbers that share a scale
 _LEVELS: Final = np.float32(127.0)
 _TINY: Final = np.float32(1e-30)
 _LARGEST: Final = np.float32(np.finfo(np.float16).max)
@@ -25,18 +25,6 @@ def payload_of(manifest: Manifest, plan: Plan) -> Payload:
     if plan.payload != "full" and manifest.numeric_class.exact:
         raise InvalidDocument(f"plan: sums of {manifest.numeric_class.name} cannot travel as {plan.payload}")
     return plan.payload
-
-
-def width_of(payload: Payload, columns: int) -> int:
-    """Elements of a row of `columns` numbers as it travels."""
-    return columns + 4 * -(-columns // BLOCK) if payload == "int8" else columns
-
-
-def dtype_of(payload: Payload, dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The type of an element as it travels, of partial sums of `dtype`."""
-    if payload == "full":
-        return dtype
-    return np.dtype(np.float16 if payload == "fp16" else np.uint8)
 
 
 def encode(payload: Payload, sums: NDArray[Any], into: NDArray[Any]) -> None:

@@ -13,12 +13,14 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ganglion.agent.executor.loader import LoadedSegment
+from ganglion.agent.executor.mixing import Routed, Sums
 from ganglion.agent.roles import Role
 
 Place = tuple[Role, int]
 """A segment by the role whose layers it is of, and its number among them."""
-Delta = NDArray[np.float64 | np.float32]
+Delta = Sums
 BOUND_ROWS = 16  # bindings are kept for so many rows; above, binding anew is small against the run
+BOUND_PAIRS = 128  # of rows and experts that buffers are kept for
 
 
 def as_value(array: NDArray[Any]) -> Any:
@@ -43,6 +45,10 @@ class Rows:
         self._carry = np.zeros(capacity * carry, np.float32)
         self._projected = np.zeros(capacity * max((one.projected for one in segments), default=0), np.float32)
         self._attended = np.zeros(capacity * max((one.attended for one in segments), default=0), np.float32)
+        each = max((one.segment.experts for one in segments if one.routes), default=0)
+        self._routed = np.zeros(capacity * hidden if each else 0, np.float32)
+        self._chosen = np.zeros(capacity * each, np.int64)
+        self._weights = np.zeros(capacity * each, np.float32)
         self._bound: dict[tuple[Place, int, int], Any] = {}
 
     def carried(self, one: LoadedSegment, rows: int) -> NDArray[np.float32]:
@@ -57,6 +63,15 @@ class Rows:
     def attended(self, one: LoadedSegment, rows: int) -> NDArray[np.float32]:
         """What attention leaves for the last graph of segment `one`: [rows, attended]."""
         return self._attended[: rows * one.attended].reshape(rows, one.attended)
+
+    def routed(self, one: LoadedSegment, rows: int) -> Routed:
+        """What routing leaves for the experts of segment `one`."""
+        each, hidden = one.segment.experts, self.res[0].shape[1]
+        return Routed(
+            self._routed[: rows * hidden].reshape(rows, hidden),
+            self._chosen[: rows * each].reshape(rows, each),
+            self._weights[: rows * each].reshape(rows, each),
+        )
 
     def partial(self, one: LoadedSegment, parity: int, rows: int) -> Delta:
         """Where segment `one`, begun at `parity`, leaves its partial sum: [rows, width]."""
@@ -92,7 +107,11 @@ class Rows:
             binding.bind_ortvalue_output("res_out", as_value(self.res[1 - parity][:rows]))
         if segment.carry and one.groups:
             binding.bind_ortvalue_output("carry", as_value(self.carried(one, rows)))
-        if one.attends:
+        if one.routes:
+            routed = self.routed(one, rows)
+            for name in ("rows", "chosen", "weights"):
+                binding.bind_ortvalue_output(name, as_value(getattr(routed, name)))
+        elif one.attends:
             binding.bind_ortvalue_output("projected", as_value(self.projected(one, rows)))
         else:
             binding.bind_ortvalue_output("partial", as_value(self.partial(one, parity, rows)))
@@ -103,3 +122,39 @@ class Rows:
         binding.bind_ortvalue_input("attended", as_value(self.attended(one, rows)))
         binding.bind_ortvalue_output("partial", as_value(self.partial(one, parity, rows)))
         return binding
+
+
+class Pairs:
+    """Rows that go through experts, each through one: buffers for up to `BOUND_PAIRS`, and the bindings to them."""
+
+    def __init__(self, hidden: int) -> None:
+        self._rows, self._given = (np.zeros((BOUND_PAIRS, hidden), np.float32) for _ in range(2))
+        self._place = np.zeros(BOUND_PAIRS, np.int64)
+        self._bound: dict[tuple[Place, int], Any] = {}
+
+    def run(
+        self, place: Place, one: LoadedSegment, rows: NDArray[np.float32], index: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """What the experts of the segment at `place` give: [R, hidden], valid until the next run.
+
+        rows: float32 [R, hidden], or [S, hidden] of which each is repeated R / S times. index: int64 [R], of a row's
+        expert among those held.
+        """
+        pairs, session = len(index), one.experts
+        if session is None or not pairs:
+            return np.zeros((pairs, rows.shape[1]), np.float32)
+        repeats = pairs // len(rows)
+        if pairs > BOUND_PAIRS:
+            repeated = np.repeat(rows, repeats, axis=0) if repeats > 1 else np.ascontiguousarray(rows)
+            given: NDArray[np.float32] = session.run(["given"], {"rows": repeated, "index": index})[0]
+            return given
+        self._rows[:pairs].reshape(len(rows), repeats, -1)[...] = rows[:, None]
+        self._place[:pairs] = index
+        binding = self._bound.get((place, pairs))
+        if binding is None:
+            binding = self._bound[place, pairs] = session.io_binding()
+            binding.bind_ortvalue_input("rows", as_value(self._rows[:pairs]))
+            binding.bind_ortvalue_input("index", as_value(self._place[:pairs]))
+            binding.bind_ortvalue_output("given", as_value(self._given[:pairs]))
+        session.run_with_iobinding(binding)
+        return self._given[:pairs]

@@ -73,8 +73,13 @@ def load_torch(
     open_piece: OpenPiece,
     progress: Callable[[int, int], None],
 ) -> StepExecutor:
-    """A share loaded by torch; raises Unsupported where torch or the device is missing, and what loading raises."""
+    """A share loaded by torch; raises Unsupported where torch or the device is missing or experts are to be on disk."""
     _torch_version(choice)
+    if share.expert_cache_bytes:
+        raise Unsupported(
+            f"--executor {choice.text}: torch holds every expert in memory; use --executor ort, or no --expert-memory",
+            param="executor",
+        )
     from ganglion.agent.torch_executor.executor import TorchExecutor
     from ganglion.agent.torch_executor.loader import load_torch_shard, settle
 

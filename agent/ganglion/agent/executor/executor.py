@@ -5,6 +5,9 @@
         partial = executor.run(batch, index)   # this device's partial sum: make it the sum over devices, in place
     executor.hand_on(batch) or executor.logits(batch, rows)
 
+A layer of whole experts runs like every segment where all of them lie here. Where some lie elsewhere its parts are
+called one by one: `route`, `experts` on each device for the rows that it is sent, and `leave` for their sum.
+
 Numbers do not depend on what else is in a step: attention runs for each session, everything else once for all rows.
 Where the class mixes formats, a step's role says through which layers its rows run; their key-value state is one.
 An entry may take rows from another session layer by layer, before it attends: also those that an entry before it
@@ -15,7 +18,7 @@ session's rows, which its next row overwrites, so the buffers have room for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +26,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ganglion.agent.executor import seats
-from ganglion.agent.executor.buffers import Delta, Place, Rows, as_value
+from ganglion.agent.executor.buffers import Delta, Pairs, Place, Rows, as_value
 from ganglion.agent.executor.kv import KeyValueLedger, SessionState, Take
 from ganglion.agent.executor.loader import LoadedSegment, Shard
+from ganglion.agent.executor.lone_rows import lone_rows_differ
+from ganglion.agent.executor.mixing import Routed, check_places, mix_each
 from ganglion.agent.executor.prefix_blocks import Begin, Keep, PrefixBlocks
 from ganglion.agent.roles import Role
-from ganglion.wire.errors import Corrupt, InvalidDocument, ProtocolViolation
+from ganglion.wire.errors import Corrupt, Internal, InvalidDocument, ProtocolViolation
 from ganglion.wire.nouns import EXACT_POSITIONS, PREFIX_BLOCK_TOKENS, Manifest, Plan, RopeTable
 from ganglion.wire.shares import OpenPiece
 
@@ -52,6 +57,7 @@ class Executor:
     def __init__(self, manifest: Manifest, plan: Plan, shard: Shard, open_piece: OpenPiece) -> None:
         geometry = manifest.geometry
         self._shard = shard
+        self._pager = shard.pager
         self._by_role: dict[Role, tuple[LoadedSegment, ...]] = {"any": shard.segments}
         if manifest.numeric_class.prompt:
             self._by_role = {"prompt": shard.prompt, "generated": shard.segments}
@@ -65,14 +71,20 @@ class Executor:
         self._ledger = KeyValueLedger(groups, geometry.head_dim, budget)
         self._prefixes = PrefixBlocks(plan.prefix_tokens // PREFIX_BLOCK_TOKENS)
         self._seats = seats.Seats(self._ledger, self._prefixes, plan, pads=self._exact, moved=self._unbind)
-        capacity = max(plan.chunk, plan.sessions)
         every = (*shard.segments, *shard.prompt)
+        steps = any(one.sessions and (one.routes or not one.held) for one in every)  # else rows are only sent here
+        capacity = max(plan.chunk, plan.sessions, 2) if steps else 0
+        # A lone row of an exact class is run beside a second one, which nobody reads, where that changes its bits.
+        self._least = 2 if self._exact and lone_rows_differ(_row_graphs(every, shard.head)) else 1
         self._buffers = Rows(capacity, geometry.hidden, every, exact=self._exact)
         later = plan.chunk // 2 + 2 if plan.overlap else 0
         self._later = Rows(later, geometry.hidden, every, exact=self._exact)  # of a batch, its second half
         self._head_rows = Rows(capacity, geometry.hidden, exact=self._exact)
+        self._pairs = Pairs(geometry.hidden if any(one.held for one in every) else 0)
+        self.on_routes: Callable[[int, NDArray[np.int64]], None] | None = None  # (layer, chosen experts [rows, k])
         self._parts = manifest.handover == "parts"
-        self._ropes = {name: rope_tables(tables, plan.context, open_piece) for name, tables in manifest.ropes.items()}
+        ropes = manifest.ropes if steps else {}
+        self._ropes = {name: rope_tables(tables, plan.context, open_piece) for name, tables in ropes.items()}
         self._rope_values = {name: tuple(as_value(one) for one in pair) for name, pair in self._ropes.items()}
         # session -> segment -> its row in the step, and attention's binding for that one row
         self._bound: dict[int, dict[Place, tuple[int, Any]]] = {}
@@ -181,19 +193,93 @@ class Executor:
         segments = self._by_role[batch.role]
         place: Place = (batch.role, index)
         one, before = segments[index], segments[index - 1] if index else None
+        if one.routes:
+            return self._run_mixture(batch, index, one)
         buffers, parity, rows = batch.buffers, batch.parity, batch.rows
         partial = buffers.partial(one, parity, rows)
         if not one.sessions:  # only where it takes no residual: nothing to keep, nothing to add
             partial[...] = 0.0
         else:
-            buffers.run_first(place, one, before, parity, rows)
+            buffers.run_first(place, one, before, parity, max(rows, self._least))
         if one.attends:
             for entry in batch.entries:
                 self._attend(place, one, entry, buffers)
-            buffers.run_last(place, one, parity, rows)
+            buffers.run_last(place, one, parity, max(rows, self._least))
         if one.segment.takes != "carry":
             batch.parity = 1 - parity
         return partial
+
+    def _run_mixture(self, batch: Batch, index: int, one: LoadedSegment) -> Delta:
+        if not one.holds_all:
+            raise Internal(f"segment {index}: {one.groups} of {one.segment.groups} experts lie here: route its rows")
+        routed = self.route(batch, index)
+        chosen = routed.chosen.reshape(-1)  # all lie here: an expert's place is its number
+        given = self._through((batch.role, index), one, routed.rows, chosen)
+        partial = self.leave(batch, index)
+        mix_each(given, routed.weights, partial)
+        return partial
+
+    def held(self, index: int) -> tuple[int, ...]:
+        """The experts of segment `index` that lie here, by rising number."""
+        return self._shard.segments[index].held
+
+    def route(self, batch: Batch, index: int) -> Routed:
+        """Take the residual of segment `index` and choose its rows' experts; `leave` follows.
+
+        What it gives is valid until it runs again. Raises Internal for a segment that is not cut by experts.
+        """
+        one = self._mixture(batch.role, index)
+        if not one.routes:
+            raise Internal(f"segment {index}: this device holds experts only, it is not asked to choose")
+        batch.buffers.run_first((batch.role, index), one, None, batch.parity, max(batch.rows, self._least))
+        routed = batch.buffers.routed(one, batch.rows)
+        if self.on_routes is not None:
+            self.on_routes(one.layer, routed.chosen)
+        return routed
+
+    def experts(self, index: int, rows: NDArray[np.float32], place: NDArray[np.int64]) -> NDArray[np.float32]:
+        """What the experts of segment `index` that lie here give: float32 [R, hidden], valid until the next run.
+
+        rows: float32 [R, hidden]. place: int64 [R], of each row its expert, by place among those held (`held`). Raises
+        ProtocolViolation for one that is not.
+        """
+        one = self._mixture("any", index)
+        check_places(index, rows, place, len(one.held))
+        return self._through(("any", index), one, rows, place)
+
+    def _through(
+        self, place: Place, one: LoadedSegment, rows: NDArray[np.float32], index: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """What `Pairs.run` gives; experts on disk run as they come into memory, all rows of one at once."""
+        if self._pager is None or one.paged < 0 or not len(index):
+            return self._pairs.run(place, one, rows, index)
+        repeats = len(index) // len(rows)
+        given: NDArray[np.float32] | None = None
+        for ready in self._pager.waves(one.paged, index.reshape(-1, repeats), rows):
+            mine = np.flatnonzero(np.isin(index, ready))
+            if len(mine) == len(index):
+                given = self._pairs.run(place, one, rows, index)
+                continue
+            if given is None:
+                given = np.empty((len(index), rows.shape[1]), np.float32)
+            given[mine] = self._pairs.run(place, one, rows[mine // repeats], index[mine])
+        if given is None:
+            raise Internal("experts: none ran")
+        return given
+
+    def leave(self, batch: Batch, index: int) -> Delta:
+        """Where the sum of what the experts of segment `index` gave goes: [rows, hidden], zeros to be added to."""
+        one = self._mixture(batch.role, index)
+        partial = batch.buffers.partial(one, batch.parity, batch.rows)
+        partial[...] = 0.0
+        batch.parity = 1 - batch.parity
+        return partial
+
+    def _mixture(self, role: Role, index: int) -> LoadedSegment:
+        one = self._by_role[role][index]
+        if one.segment.axis != "experts":
+            raise Internal(f"segment {index}: {one.segment.kind} is not cut by experts")
+        return one
 
     def _attend(self, place: Place, one: LoadedSegment, entry: SessionRows, buffers: Rows) -> None:
         state, session = entry.state, one.sessions[1]
@@ -240,9 +326,19 @@ class Executor:
         for place, row in enumerate(rows):
             buffers.res[0][place] = batch.buffers.res[batch.parity][row]
             buffers.delta[0][place] = batch.buffers.delta[batch.parity][row]
-        inputs = {"res": buffers.res[0][: len(rows)], "delta": buffers.delta[0][: len(rows)]}
+        count = max(len(rows), self._least)
+        inputs = {"res": buffers.res[0][:count], "delta": buffers.delta[0][:count]}
         logits: NDArray[np.float32] = head.sessions[0].run(["logits"], inputs)[0]
-        return logits
+        return logits[: len(rows)]
+
+
+def _row_graphs(segments: Sequence[LoadedSegment], head: LoadedSegment | None) -> Iterator[Any]:
+    """One session of every kind of graph that runs on the rows of a step."""
+    kinds = {(one.segment.kind, one.groups): one for one in segments if one.sessions}
+    for one in (*kinds.values(), *((head,) if head is not None else ())):
+        yield one.sessions[0]
+        if one.attends:
+            yield one.sessions[2]
 
 
 def rope_tables(

@@ -6,19 +6,26 @@ import ctypes
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import onnxruntime as ort
 
 from ganglion.agent.executor.graph_file import check_file, check_graph
+from ganglion.agent.executor.parts import Ends, Part, ends_of, parts_of
 from ganglion.agent.executor.prepacked import Prepacked, Sources
-from ganglion.wire.errors import Corrupt, GanglionError, Internal, InvalidDocument
-from ganglion.wire.nouns import WEIGHTS_FILE, Manifest, NumericClass, PieceRef, Range, Segment, Share, Stage
-from ganglion.wire.shares import OpenPiece, weights_size, write_weights
+from ganglion.agent.paging.loading import PagedLoading
+from ganglion.agent.paging.pager import Pager
+from ganglion.agent.paging.parts import PagedExperts
+from ganglion.agent.paging.routers import router_of
+from ganglion.wire.errors import Corrupt, GanglionError, Internal, InvalidDocument, Unsupported
+from ganglion.wire.nouns import WEIGHTS_FILE, Manifest, NumericClass, PieceRef, Segment, Share, Stage
+from ganglion.wire.shares import OpenPiece, graph_name, write_weights
+
+INT64: Final = "tensor(int64)"
 
 _pool_lock = threading.Lock()
 _pool_threads: int | None = None
@@ -68,8 +75,10 @@ def _session(graph: Path, save: Path | None) -> Any:
 class LoadedSegment:
     """A segment of this device, how many groups of it, and its graphs' sessions in the order in which they run.
 
-    There are three where it attends on this device, and none where there is nothing to run. projected, attended:
-    numbers a row that the first leaves for the second, and the second for the third.
+    There are three where it attends on this device, and none where there is nothing to run; of whole experts one that
+    routes, unless the device holds experts only, and one of those that are held (`held`, by rising number). layer: of
+    the model. projected, attended: numbers a row that the first leaves for the second, and the second for the third.
+    paged: its place among the shard's layers whose experts are not all in memory, -1 where it is none of these.
     """
 
     segment: Segment
@@ -77,62 +86,40 @@ class LoadedSegment:
     sessions: tuple[Any, ...]
     projected: int = 0
     attended: int = 0
+    layer: int = 0
+    held: tuple[int, ...] = ()
+    routes: bool = False
+    paged: int = -1
 
     @property
     def attends(self) -> bool:
         """Whether it has key-value state on this device."""
         return self.segment.attends and self.groups > 0
 
+    @property
+    def experts(self) -> Any | None:
+        """The session of the experts that it holds."""
+        return self.sessions[-1] if self.held else None
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether no expert lies elsewhere alone."""
+        return self.groups == self.segment.groups
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
     """What a device runs: segments in order, and the head where it has a vocabulary range.
 
-    prompt: the segments of prompt tokens where the class mixes formats, else the same.
+    prompt: the segments of prompt tokens where the class mixes formats, else the same. pager: brings experts into
+    memory that does not hold them all; who loaded the shard closes it.
     """
 
     segments: tuple[LoadedSegment, ...]
     prompt: tuple[LoadedSegment, ...]
     head: LoadedSegment | None
     weights_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A segment of this device's share, named by its place: its groups, and bytes of weights."""
-
-    name: str
-    segment: Segment
-    share: Range
-    size: int
-
-    @property
-    def runs(self) -> bool:
-        """Whether there is a graph to run."""
-        return _runs(self.name, self.segment, self.share)
-
-
-def parts_of(manifest: Manifest, stage: Stage, share: Share) -> Iterator[Part]:
-    """Segments of the stage, then those of prompt tokens where formats mix, then the head; raises InvalidDocument."""
-    if stage.layers.stop > len(manifest.layers):
-        raise InvalidDocument(f"plan: layers ..{stage.layers.stop}, the manifest has {len(manifest.layers)}")
-    for prefix, layers in (("", manifest.layers), ("prompt-", manifest.prompt_layers)):
-        for number, layer in enumerate(layers[stage.layers.start : stage.layers.stop], stage.layers.start):
-            for index, segment in enumerate(layer.segments):
-                groups = share.heads if segment.axis == "heads" else share.columns
-                yield _part(f"{prefix}{number}-{index}", segment, groups)
-    yield _part("head", manifest.head, share.vocab)
-
-
-def _part(name: str, segment: Segment, groups: Range) -> Part:
-    if groups.stop > segment.groups:
-        raise InvalidDocument(f"plan: groups ..{groups.stop} of segment {name}, the manifest has {segment.groups}")
-    return Part(name, segment, groups, weights_size(segment, groups) if _runs(name, segment, groups) else 0)
-
-
-def _runs(name: str, segment: Segment, groups: Range) -> bool:
-    """Whether there is a graph to run: without a group only where the residual must be kept as the others have it."""
-    return groups.count > 0 or (segment.takes != "carry" and name != "head")
+    pager: Pager | None = None
 
 
 def load_shard(
@@ -148,28 +135,56 @@ def load_shard(
     """Open every session, `progress(done_bytes, total_bytes)` as it goes, in as many threads as compute.
 
     From prepacked parts where those are given; else graphs and weights are put together below `folder`, where nothing
-    is left: what is loaded stays mapped. Raises Corrupt (a graph or piece that is not what the manifest says), NotFound
-    (a piece is missing), InvalidDocument (a plan that does not go with the manifest).
+    is left: what is loaded stays mapped. Experts of a share with `expert_cache_bytes` stay on disk (`Shard.pager`).
+    Raises Corrupt (a graph or piece that is not what the manifest says), NotFound (a piece is missing), InvalidDocument
+    (a plan that does not go with the manifest), Unsupported and Exhausted where experts cannot be kept on disk.
     """
     parts = list(parts_of(manifest, stage, share))
     total, done = sum(part.size for part in parts), 0
-    loaded = []
-    loader = _Loader(manifest, open_piece, folder, prepacked)
+    loaded: list[LoadedSegment] = []
+    layers: list[PagedExperts] = []
+    paging = PagedLoading(folder, prepacked) if share.expert_cache_bytes else None
+    loader = _Loader(manifest, open_piece, folder, prepacked, paging)
     with ThreadPoolExecutor(_pool_threads or 1, thread_name_prefix="load") as pool:
         try:
             for part, sessions in zip(parts, pool.map(loader.load, parts), strict=True):
                 done += part.size
                 progress(done, total)
-                widths = _widths(part, sessions) if len(sessions) > 1 else (0, 0)
-                loaded.append(LoadedSegment(part.segment, part.share.count, sessions, *widths))
+                widths = _widths(part, sessions) if part.segment.attends and len(sessions) > 1 else (0, 0)
+                paged = paging.paged(part.name) if paging is not None else None
+                place = len(layers) if paged is not None else -1
+                layers += [paged] if paged is not None else []
+                loaded.append(
+                    LoadedSegment(
+                        part.segment, part.count, sessions, *widths, part.layer, part.held, part.routes, place
+                    )
+                )
         except BaseException:
             pool.shutdown(cancel_futures=True)
+            if paging is not None:
+                paging.close(failed=True)
             raise
+    if paging is not None:
+        paging.close(failed=False)
     _return_memory()
+    pager = _pager(loaded, layers, share, open_piece) if layers else None
     head = loaded.pop()
-    own = len(loaded) // 2 if manifest.prompt_layers else len(loaded)
-    segments, prompt = tuple(loaded[:own]), tuple(loaded[own:])
-    return Shard(segments, prompt or segments, head if head.sessions else None, total)
+    of_layers = len(loaded) // 2 if manifest.prompt_layers else len(loaded)
+    segments, prompt = tuple(loaded[:of_layers]), tuple(loaded[of_layers:])
+    return Shard(segments, prompt or segments, head if head.sessions else None, total, pager)
+
+
+def _pager(
+    loaded: Sequence[LoadedSegment], layers: Sequence[PagedExperts], share: Share, open_piece: OpenPiece
+) -> Pager:
+    mixtures = [one for one in loaded if one.paged >= 0]
+    routers = [router_of(one.segment, one.held, open_piece) if one.routes else None for one in mixtures]
+    try:
+        return Pager(layers, share.expert_cache_bytes, routers=routers)
+    except BaseException:
+        for layer in layers:
+            layer.close()
+        raise
 
 
 def _return_memory() -> None:
@@ -181,7 +196,15 @@ def _return_memory() -> None:
 class _Loader:
     """Opens the graphs of parts, in several threads; those without weights once for all parts that have them."""
 
-    def __init__(self, manifest: Manifest, open_piece: OpenPiece, folder: Path, prepacked: Prepacked | None) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        open_piece: OpenPiece,
+        folder: Path,
+        prepacked: Prepacked | None,
+        paging: PagedLoading | None,
+    ) -> None:
+        self._paging = paging
         self._manifest = manifest
         self._open_piece = open_piece
         self._folder = folder
@@ -193,8 +216,8 @@ class _Loader:
         """The sessions of a part's graphs."""
         if not part.runs:
             return ()
-        name = f"{part.segment.kind}/{part.share.count}"
-        pieces, ends = self._manifest.graphs.get(name), _ends(part)
+        name = graph_name(part.segment, part.share)
+        pieces, ends = self._manifest.graphs.get(name), ends_of(part)
         if pieces is None or len(pieces) != len(ends):
             raise InvalidDocument(
                 f"manifest {self._manifest.name}: {len(pieces or ())} graphs {name!r}, the plan needs {len(ends)}"
@@ -204,6 +227,8 @@ class _Loader:
         sessions = []
         try:
             for number, (piece, end) in enumerate(zip(pieces, ends, strict=True)):
+                if part.held_only and not number:
+                    continue  # rows come with their experts chosen
                 session = self._open(name, number, piece, part)
                 _check_ends(name, session, end, self._manifest.numeric_class)
                 sessions.append(session)
@@ -230,9 +255,14 @@ class _Loader:
                     if session is None:
                         session = self._shared[piece.digest, number] = _session(write(), None)
                     return session
+            sources = Sources(piece, part.segment, part.share, part.size)
+            if self._paging is not None and part.held and number:
+                if any(slot.groups is not None for slot in part.segment.slots):
+                    raise Unsupported("experts of two formats do not stay on disk yet: leave out --expert-memory")
+                return self._paging.open(part.name, sources, graph, part.count, write, start=_session).session
             if self._prepacked is None:
                 return _session(write(), None)
-            return self._prepacked.open(Sources(piece, part.segment, part.share, part.size), write, _session)
+            return self._prepacked.open(sources, write, _session)
         except (GanglionError, OSError):
             raise
         except Exception as error:
@@ -247,38 +277,15 @@ class _Loader:
             check_file(path, part.size)
 
 
-_Ends = tuple[set[str], set[str]]
-
-
-def _ends(part: Part) -> tuple[_Ends, ...]:
-    """The inputs and outputs of a segment's graphs, as `Manifest` has them."""
-    segment = part.segment
-    if part.name == "head":
-        return (({"res", "delta"}, {"logits"}),)
-    inputs, outputs = {"res", "delta"}, {"res_out"}
-    if segment.takes == "carry":
-        inputs, outputs = {"carry", "delta"}, set()
-    if part.share.count and segment.carry:
-        outputs.add("carry")
-    if not (part.share.count and segment.attends):
-        return ((inputs, outputs | {"partial"}),)
-    state = {"past_key", "past_value", "seqlens_k", "total"} | ({"cos", "sin"} if segment.rope else set())
-    return (
-        (inputs, outputs | {"projected"}),
-        ({"projected", *state}, {"attended", "present_key", "present_value"}),
-        ({"attended"}, {"partial"}),
-    )
-
-
-def _check_ends(name: str, session: Any, ends: _Ends, numeric_class: NumericClass) -> None:
+def _check_ends(name: str, session: Any, ends: Ends, numeric_class: NumericClass) -> None:
     types = {one.name: one.type for one in (*session.get_inputs(), *session.get_outputs())}
     found = ({one.name for one in session.get_inputs()}, {one.name for one in session.get_outputs()})
     if found != ends:
         raise Corrupt(f"graph {name}: inputs {sorted(found[0])}, outputs {sorted(found[1])} are not the contract's")
     wide = "tensor(double)" if numeric_class.exact else "tensor(float)"
-    for end in ("delta", "partial"):
-        if types.get(end, wide) != wide:
-            raise Corrupt(f"graph {name}: {end} is {types[end]}, {numeric_class.name} takes {wide}")
+    for end, kind in (("delta", wide), ("partial", wide), ("chosen", INT64), ("index", INT64)):
+        if types.get(end, kind) != kind:
+            raise Corrupt(f"graph {name}: {end} is {types[end]}, {numeric_class.name} takes {kind}")
 
 
 def _widths(part: Part, sessions: Sequence[Any]) -> tuple[int, int]:
@@ -288,6 +295,6 @@ def _widths(part: Part, sessions: Sequence[Any]) -> tuple[int, int]:
         left = next(one.shape[-1] for one in before.get_outputs() if one.name == end)
         taken = next(one.shape[-1] for one in after.get_inputs() if one.name == end)
         if left != taken or not isinstance(left, int):
-            raise Corrupt(f"graph {part.segment.kind}/{part.share.count}: {end} is left {left} wide and taken {taken}")
+            raise Corrupt(f"graph {part.segment.kind}/{part.count}: {end} is left {left} wide and taken {taken}")
         found.append(left)
     return found[0], found[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ganglion.agent.executor.buffers import Delta
 from ganglion.agent.executor.kv import Take
+from ganglion.agent.executor.mixing import Routed
 from ganglion.agent.executor.prefix_blocks import Begin, Keep
 from ganglion.agent.roles import Role
 
@@ -63,4 +64,11 @@ class StepExecutor(Protocol):
     def take(self, batch: Any, handed: NDArray[np.float32]) -> None: ...  # noqa: D102
     def hand_on(self, batch: Any) -> NDArray[np.float32]: ...  # noqa: D102
     def run(self, batch: Any, index: int) -> Delta: ...  # noqa: D102
+
+    on_routes: Callable[[int, NDArray[np.int64]], None] | None
+
+    def held(self, index: int) -> tuple[int, ...]: ...  # noqa: D102
+    def route(self, batch: Any, index: int) -> Routed: ...  # noqa: D102
+    def experts(self, index: int, rows: NDArray[np.float32], place: NDArray[np.int64]) -> NDArray[np.float32]: ...  # noqa: D102
+    def leave(self, batch: Any, index: int) -> Delta: ...  # noqa: D102
     def logits(self, batch: Any, rows: Sequence[int]) -> NDArray[np.float32]: ...  # noqa: D102

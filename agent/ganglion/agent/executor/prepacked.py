@@ -22,8 +22,8 @@ from ganglion.agent.executor.graph_file import check_file
 from ganglion.agent.probe.machine import kernel_family
 from ganglion.agent.store import PieceStore
 from ganglion.wire.errors import Exhausted
-from ganglion.wire.nouns import PieceRef, Range, Segment
-from ganglion.wire.shares import share_pieces
+from ganglion.wire.nouns import PieceRef, Segment
+from ganglion.wire.shares import Groups, share_pieces, slot_marks
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Sources:
 
     graph: PieceRef
     segment: Segment
-    share: Range
+    share: Groups
     size_bytes: int
 
     @property
@@ -51,12 +51,14 @@ class Sources:
         slots = [share_pieces(slot, self.share) for slot in self.segment.slots]
         return (self.graph.digest, *(piece.digest for pieces in slots for piece in pieces))
 
-    def key(self, family: str) -> str:
-        """Digest over everything that a part's bytes depend on, kernel family `family` included."""
-        marks = [FORMAT, family, self.graph.digest]
+    def key(self, family: str, made: str = "") -> str:
+        """Digest over everything that a part's bytes depend on, kernel family and how it is `made` included."""
+        marks = [FORMAT + made, family, self.graph.digest]
         for slot in self.segment.slots:
             marks.append(f"{slot.name}\0{slot.join}\0{slot.rows}\0{slot.stored}")
             marks += [piece.digest for piece in share_pieces(slot, self.share)]
+            if slot.join == "marks":
+                marks.append(slot_marks(slot, self.share).hex())
         return hashlib.sha256("\n".join(marks).encode()).hexdigest()
 
 
@@ -94,6 +96,28 @@ class Prepacked:
             session = self._made_now(key, sources, source, start)
             session = start(source, None) if session is None else session
         return session
+
+    def place(self, sources: Sources, made: str, make: Callable[[Path], None]) -> Path:
+        """The folder of a part that `make` writes, in the way that `made` names; it lasts until `close` or longer.
+
+        Raises Exhausted without the room for it, and what `make` raises.
+        """
+        key = sources.key(self._family, made)
+        found = self._store.prepacked.open(key)
+        if found is not None:
+            with self._lock:
+                self._locks.append(found[1])
+            return found[0]
+        self._store.reserve(int(sources.size_bytes * (1 + GROWTH)), spare_bytes=SPARE_BYTES)
+        with self._store.prepacked.scratch(key) as scratch:
+            make(scratch)
+        with self._lock:
+            self._made.append(_Made(scratch, key, sources.pieces))
+        return scratch
+
+    def discard(self, sources: Sources, made: str) -> None:
+        """Forget a part that turned out not to be whole."""
+        self._store.prepacked.remove(sources.key(self._family, made))
 
     def keep(self) -> None:
         """Sync what `open` made and make it visible, which takes as long as the disk does. For a thread beside."""

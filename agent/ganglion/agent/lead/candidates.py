@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ganglion.agent.lead.adjusting import VocabShare
 from ganglion.agent.lead.draw import Draw
-from ganglion.agent.lead.noise import NOISE_MAX, from_hashes, hash_at_least, hashes, noise
 from ganglion.proto import lane_pb2
 from ganglion.wire.errors import ProtocolViolation
+from ganglion.wire.sampling.adjusting import VocabShare
+from ganglion.wire.sampling.noise import NOISE_MAX, from_hashes, hash_at_least, hashes, noise
 
 # Tokens within this many nats of the likeliest are scored first: they nearly always hold the winner.
 _NEAR_NATS = 4.0
@@ -159,15 +159,6 @@ def group_log_sum_exp(logits: NDArray[np.float32], group_rows: int, temperature:
         np.exp(scaled, out=scaled)
         found[group] = peak + math.log(float(scaled.sum()))
     return found
-
-
-def log_sum_exp(terms: NDArray[np.float64]) -> float:
-    """log(sum(exp(terms))), added in order: [n] float64 -> float."""
-    peak = float(terms.max())
-    total = 0.0
-    for term in terms.tolist():
-        total += math.exp(term - peak)
-    return peak + math.log(total)
 
 
 def to_message(reply: Answer, draw: Draw) -> lane_pb2.Candidates:

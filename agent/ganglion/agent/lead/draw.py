@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ganglion.agent.lead.adjusting import Adjusting, Adjustments, VocabShare
 from ganglion.proto import lane_pb2
 from ganglion.wire.errors import ProtocolViolation
+from ganglion.wire.sampling.adjusting import Adjusting, Adjustments, VocabShare
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class Draw:
 
     candidates: how many by falling adjusted logit; 0: only the best. top_logprobs: -1 none; n: the raw distribution's
     sums and its n likeliest tokens. mass: the sums of the adjusted logits over the temperature. adjusting: None when
-    this share's logits are drawn from as they are.
+    this share's logits are drawn from as they are. keep: the share keeps the row for later questions.
     """
 
     candidates: int
@@ -29,6 +29,7 @@ class Draw:
     top_logprobs: int = -1
     mass: bool = False
     adjusting: Adjusting | None = None
+    keep: bool = False
 
     def available(self, share: VocabShare) -> int:
         """How many of the share's tokens may be drawn."""
@@ -44,6 +45,7 @@ def write_draw(draw: Draw, newer: Adjustments, share: VocabShare | None, into: l
     if draw.top_logprobs >= 0:
         into.top_logprobs = draw.top_logprobs
     into.mass = draw.mass
+    into.keep = draw.keep
     if draw.adjusting is None or share is None:
         return
     into.repetition_penalty = draw.adjusting.repetition_penalty
@@ -80,6 +82,7 @@ def read_draw(message: lane_pb2.Draw, share: VocabShare | None, held: Adjustment
         message.top_logprobs if message.HasField("top_logprobs") else -1,
         message.mass,
         Adjusting(penalty, adjustments, allowed) if len(adjustments) or allowed is not None else None,
+        message.keep,
     )
 
 

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
 
 from ganglion.agent.executor.port import StepBatch
-from ganglion.agent.lead.adjusting import NO_ADJUSTMENTS, Adjustments, VocabShare
 from ganglion.agent.lead.candidates import Answer, from_message
+from ganglion.agent.lead.choosing import scored
 from ganglion.agent.lead.draw import Draw, write_draw
 from ganglion.agent.lead.sampler import Drawn, draw_token
 from ganglion.agent.lead.scheduler import Entry
@@ -24,6 +26,7 @@ from ganglion.proto import lane_pb2
 from ganglion.wire.errors import GanglionError, Internal, ProtocolViolation
 from ganglion.wire.frames import Expectation, Kind
 from ganglion.wire.lane import Lane
+from ganglion.wire.sampling.adjusting import NO_ADJUSTMENTS, Adjustments, VocabShare
 
 
 class RowDraw:
@@ -53,11 +56,8 @@ class EntryDraws:
         vocab: Mapping[int, VocabShare],
         first_token: int | None = None,
     ) -> None:
-        sampling = session.request.sampling
         first = entry.start + entry.count - entry.draws + 1
-        asked = Draw(
-            sampling.candidates, sampling.temperature, sampling.seed, first, sampling.top_logprobs, sampling.mass
-        )
+        asked = session.request.draw(first)
         self.session = session
         self.entry = entry
         self.window = window
@@ -91,10 +91,11 @@ class EntryDraws:
 class Walk:
     """What was drawn for a session in a step: all but the last as drafted, or an error at last.
 
+    Where the client chooses it is told the distribution instead.
     branch: the entry that it ended in, if it left the window.
     """
 
-    drawn: Sequence[Drawn | GanglionError]
+    drawn: Sequence[Drawn | lane_pb2.Scored | GanglionError]
     branch: Entry | None = None
 
 
@@ -156,12 +157,12 @@ class Drawer:
         self, step: int, one: EntryDraws, numbers: Mapping[int, int], replies: Mapping[int, Sequence[Answer]]
     ) -> Walk:
         """Draw row by row from the entry's first on. numbers: of its first row, by session of an entry."""
-        drawn: list[Drawn | GanglionError] = []
+        drawn: list[Drawn | lane_pb2.Scored | GanglionError] = []
         index = 0
         while True:
             found = await self._draw_one(step, numbers[one.entry.session] + index, one, index, replies)
             drawn.append(found)
-            if isinstance(found, GanglionError):
+            if not isinstance(found, Drawn):
                 break
             if [found.token] == list(one.window[index : index + 1]):
                 index += 1
@@ -176,20 +177,23 @@ class Drawer:
         before = time.perf_counter()
         payload = await self._lanes[rank].receive(Expectation(Kind.CANDIDATES, step, exchange))
         self._runner.meter.exchange_s += time.perf_counter() - before
-        try:
-            entries = lane_pb2.CandidatesReply.FromString(payload).entries
-        except DecodeError:
-            raise ProtocolViolation(f"{self._names[rank]} sent candidates that do not parse") from None
+        entries = self._parse(rank, payload)
         if len(entries) != len(draws):
             raise ProtocolViolation(f"{self._names[rank]} answered {len(entries)} of {len(draws)} draws")
         share = self._vocab[rank]
         return [from_message(message, share, draw) for message, draw in zip(entries, draws, strict=True)]
 
+    def _parse(self, rank: int, payload: bytes) -> Sequence[lane_pb2.Candidates]:
+        try:
+            return lane_pb2.CandidatesReply.FromString(payload).entries
+        except DecodeError:
+            raise ProtocolViolation(f"{self._names[rank]} sent candidates that do not parse") from None
+
     async def _draw_one(
         self, step: int, number: int, one: EntryDraws, index: int, replies: Mapping[int, Sequence[Answer]]
-    ) -> Drawn | GanglionError:
+    ) -> Drawn | lane_pb2.Scored | GanglionError:
         """Draw the token of a row, the step's `number`-th, asking for more candidates as long as they do not decide."""
-        row, sampling, rounds = one.rows[index], one.session.request.sampling, 0
+        row, request, rounds = one.rows[index], one.session.request, 0
         draws = row.draws
         before = time.perf_counter()
         answers = {
@@ -204,14 +208,61 @@ class Drawer:
                     f"numeric_error: the logits of device {self._names[poor]} at token {row.asked.position} are not"
                     " finite; the weights or the numeric class overflow"
                 )
+            if request.choosing is not None:
+                return await self._scored(step, number, one.session, row.asked, list(answers.values()))
             before = time.perf_counter()
-            found = draw_token(list(answers.values()), sampling, row.asked.position)
+            found = draw_token(list(answers.values()), request.sampling, row.asked.position)
             self.sample_s += time.perf_counter() - before
             if isinstance(found, Drawn):
                 return found
             rounds += 1
             draws = {rank: replace(draw, candidates=found.candidates) for rank, draw in draws.items()}
             answers = await self._ask_again(step, rounds, number, draws)
+
+    async def _scored(
+        self, step: int, number: int, session: Session, asked: Draw, answers: Sequence[Answer]
+    ) -> lane_pb2.Scored:
+        if 0 in self._vocab:
+            self._runner.keep(number, session.number)
+        before = time.perf_counter()
+        told = scored(answers, asked.candidates, asked.position)
+        self.sample_s += time.perf_counter() - before
+        if not asked.candidates:
+            told.logits.extend((await self.kept(step, session.number, None)).tolist())
+        return told
+
+    async def kept(self, step: int, session: int, ids: NDArray[np.uint32] | None) -> NDArray[np.float32]:
+        """Raw logits of the row that a session's shares keep: of `ids`, or of the whole vocabulary.
+
+        step: the last one. Raises ProtocolViolation, and what lanes raise.
+        """
+        before = time.perf_counter()
+        parts = {}
+        for rank, share in self._vocab.items():
+            own = None if ids is None else ids[(ids >= share.first) & (ids < share.first + share.count)] - share.first
+            if own is not None and not own.size:
+                continue
+            parts[rank] = own
+            if rank != 0:
+                more = lane_pb2.MoreCandidates(session=session, ids=[] if own is None else own.tolist())
+                await self._lanes[rank].send_message(Kind.MORE, step, more.SerializeToString())
+        found = np.empty(sum(share.count for share in self._vocab.values()) if ids is None else ids.size, np.float32)
+        for rank, own in parts.items():
+            share = self._vocab[rank]
+            logits = self._runner.kept(session, own) if rank == 0 else await self._kept_by(rank, step, own)
+            where = slice(share.first, share.first + share.count)
+            found[where if ids is None else (ids >= where.start) & (ids < where.stop)] = logits
+        self._runner.meter.exchange_s += time.perf_counter() - before
+        return found
+
+    async def _kept_by(self, rank: int, step: int, own: NDArray[np.uint32] | None) -> NDArray[np.float32]:
+        payload = await self._lanes[rank].receive(Expectation(Kind.CANDIDATES, step))
+        entries = self._parse(rank, payload)
+        wanted = self._vocab[rank].count if own is None else own.size
+        logits = np.array(entries[0].logits if len(entries) == 1 else (), np.float32)
+        if logits.size != wanted or not np.isfinite(logits).all():
+            raise ProtocolViolation(f"{self._names[rank]} sent {logits.size} logits of {wanted}, or not all are finite")
+        return logits
 
     async def _ask_again(self, step: int, rounds: int, number: int, draws: Mapping[int, Draw]) -> dict[int, Answer]:
         candidates = next(iter(draws.values())).candidates

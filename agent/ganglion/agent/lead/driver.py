@@ -10,11 +10,14 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ganglion.agent.executor.embedding import EmbeddingTable
 from ganglion.agent.executor.kv import Take
 from ganglion.agent.executor.port import StepBatch
 from ganglion.agent.executor.prefix_blocks import Begin, Keep
-from ganglion.agent.lead.adjusting import VocabShare
+from ganglion.agent.lead.choosing import Choosing
 from ganglion.agent.lead.drawing import Drawer, EntryDraws, Walk
 from ganglion.agent.lead.grammar import Grammars
 from ganglion.agent.lead.pace import Pace
@@ -33,6 +36,7 @@ from ganglion.wire.frames import Kind
 from ganglion.wire.lane import Lane
 from ganglion.wire.limits import WINDOW_TOKENS
 from ganglion.wire.nouns import Manifest, Plan
+from ganglion.wire.sampling.adjusting import VocabShare
 from ganglion.wire.session_serving import Said
 
 TELLING_TURNS: Final = 4  # of the event loop between two steps, while a token waits to be sent
@@ -87,10 +91,12 @@ class Lead:
         self._sessions: dict[int, Session] = {}
         self._admitted: set[int] = set()
         self._numbers = 0
+        self._last_step = 0
         self._drawer = Drawer(runner, lanes, names, vocab)
         self._speculating = Speculating(
             drafter, window_tokens=min(WINDOW_TOKENS, plan.chunk - 1), clock=time.perf_counter
         )
+        self._choosing = Choosing(manifest.geometry.vocab)
         self._work = asyncio.Event()
         self._over: GanglionError | None = None
 
@@ -123,12 +129,18 @@ class Lead:
         self._scheduler.open(session.number, request.asked_tokens, client=root.hex(), answered=request.answered)
         self._sessions[session.number] = session
         self._prefixes.open(session.number, root, request.asked_tokens)
-        terms = self._speculating.open(session)
+        terms, vocab = None, 0
+        if request.choosing is not None:
+            self._choosing.open(session)
+            vocab = self._manifest.geometry.vocab
+            said.on_choice = functools.partial(self._take_choice, session)
+        else:
+            terms = self._speculating.open(session)
         if terms is not None:
             said.on_drafts = functools.partial(self._take_drafts, session.number)
         self._work.set()
         try:
-            accepted = lane_pb2.Accepted(numeric_class=self._runner.executor.class_name, terms=terms)
+            accepted = lane_pb2.Accepted(numeric_class=self._runner.executor.class_name, terms=terms, vocab=vocab)
             yield lane_pb2.SessionEvent(accepted=accepted)
             async with contextlib.aclosing(session.events()) as events:
                 async for event in events:
@@ -140,6 +152,18 @@ class Lead:
         if number in self._sessions:
             self._speculating.drafts(number, drafts)
             self._work.set()
+
+    def _take_choice(self, session: Session, said: lane_pb2.Choose | lane_pb2.Ask) -> None:
+        if session.ended:
+            return
+        try:
+            chosen = self._choosing.heard(session.number, said)
+        except GanglionError as error:
+            session.fail(error)
+        else:
+            if chosen and not session.ended:
+                self._scheduler.chosen(session.number, chosen)
+        self._work.set()
 
     def _begin(self, number: int) -> int:
         """A session is admitted: what it begins with of its tokens (some were drawn, if it was put back)."""
@@ -163,6 +187,7 @@ class Lead:
             self._prefixes.close(session.number)
             self._scheduler.close(session.number)
             self._speculating.close(session.number)
+            self._choosing.close(session.number)
             self._work.set()
 
     def end(self, error: GanglionError) -> None:
@@ -176,6 +201,8 @@ class Lead:
     async def run(self) -> None:
         """Run steps until a lane ends; raises what lanes raise."""
         while True:
+            while self._choosing.asked:
+                await self._choosing.answer(self._kept)
             self._choose_windows()
             step = self._scheduler.next_step(self._pace.prompt_rows(self._plan.chunk))
             if step is None:
@@ -184,6 +211,9 @@ class Lead:
                 continue
             await self._run_step(step)
             await self._let_tell()
+
+    async def _kept(self, number: int, ids: NDArray[np.uint32] | None) -> NDArray[np.float32]:
+        return await self._drawer.kept(self._last_step, number, ids)
 
     def _choose_windows(self) -> None:
         if self._speculating.active:
@@ -208,7 +238,7 @@ class Lead:
                 return
 
     async def _run_step(self, step: Step) -> None:
-        marks = self._marks()
+        marks, self._last_step = self._marks(), step.number
         runner, executor = self._runner, self._runner.executor
         # A client may leave while a lane is waited for; its rows are run all the same, and its tokens dropped.
         running = {one.session: self._sessions[one.session] for one in step.entries if one.branch is None}
@@ -217,6 +247,7 @@ class Lead:
         keeps, begins = self._prefixes.take()
         await self._announce(step, keeps, begins, drawing)
         before = time.perf_counter()
+        runner.drop(step.closed)
         executor.prepare(keeps, (*step.closed, *step.put_back), begins)
         runner.meter.compute_s += time.perf_counter() - before
         if not step.entries:
@@ -283,6 +314,9 @@ class Lead:
         session, drawn, branch = one.session, walk.drawn, walk.branch
         if session.ended:
             return
+        if session.number in self._choosing:
+            self._tell(session, drawn[0])
+            return
         before, known = time.perf_counter(), len(session.ids)
         failed: GanglionError | None = None
         reason: lane_pb2.FinishReason | None = None
@@ -309,6 +343,17 @@ class Lead:
             self._close(session)
         else:
             self._ran(session)
+
+    def _tell(self, session: Session, drawn: Drawn | lane_pb2.Scored | GanglionError) -> None:
+        """Give a session whose client chooses the distribution after its last row."""
+        if isinstance(drawn, GanglionError):
+            self._prefixes.distrust(session.number)
+            session.fail(drawn)
+            self._close(session)
+            return
+        if isinstance(drawn, lane_pb2.Scored) and self._choosing.awaits(session.number, drawn.position):
+            self._choosing.tell(session.number, drawn)
+        self._ran(session)
 
     # Times.
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ganglion.agent.lead.candidates import Answer, log_sum_exp
-from ganglion.agent.lead.noise import noise
-from ganglion.agent.lead.sampling import Sampling
+from ganglion.agent.lead.candidates import Answer
+from ganglion.wire.sampling.filters import log_sum_exp, passing
+from ganglion.wire.sampling.noise import noise
+from ganglion.wire.sampling.parameters import Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,32 +124,8 @@ class _Merged:
 
 def _filter(merged: _Merged, answers: Sequence[Answer], sampling: Sampling) -> int | More:
     """How many of the merged candidates pass the filters: they are always the first ones by rank."""
-    more = More(merged.asked * 4)
-    kept, known = merged.ids.size, merged.complete
-    if sampling.top_k > 0 and not (merged.complete and sampling.top_k >= kept):
-        if sampling.top_k > kept:
-            return More(max(more.candidates, sampling.top_k + 1))
-        # Ties with the k-th are kept, as in transformers; the last of them is known once a smaller logit is seen.
-        passed = int((merged.logits >= merged.logits[sampling.top_k - 1]).sum())
-        if passed == kept and not merged.complete:
-            return more
-        kept, known = passed, True
-    scaled = merged.logits[:kept].astype(np.float64) / sampling.temperature
-    if sampling.top_p < 1.0:
-        if sampling.top_k > 0:
-            total = log_sum_exp(scaled)
-        else:
-            total = log_sum_exp(np.concatenate([one.scaled_log_sum_exp for one in answers]))
-        mass = np.cumsum(np.exp(scaled - total))
-        reached = int(np.searchsorted(mass, sampling.top_p))  # the first token at which the mass is enough
-        if reached < kept:
-            kept, known = reached + 1, True
-        elif not known:
-            return more
-    if sampling.min_p > 0.0:
-        floor = scaled[0] + math.log(sampling.min_p)
-        passed = max(1, int((scaled[:kept] >= floor).sum()))
-        if passed == kept and not known:
-            return more
-        kept, known = passed, True
-    return kept if known else more
+    log_mass = math.nan
+    if sampling.mass:
+        log_mass = log_sum_exp(np.concatenate([one.scaled_log_sum_exp for one in answers]))
+    kept = passing(merged.logits, sampling, complete=merged.complete, log_mass=log_mass)
+    return More(max(merged.asked * 4, sampling.top_k + 1)) if kept is None else kept

@@ -91,6 +91,8 @@ class _Slot:
 class _Run:
     """Invariant: held < known between steps; the next token is drawn when held reaches known.
 
+    Where somebody else says what follows, held is known until that is said, and the run rests.
+
     prompt: what it began with. window: drafted tokens that run with its next row; None: it waits for some. branches:
     those beside the window, as (drafted tokens before it, its own). won: the slot that has its rows from `won_first`.
     """
@@ -251,6 +253,11 @@ class Scheduler:
                 one.same, one.start = held if one is won else min(one.start, fork), None
         run.won, run.won_first = won, fork
         run.held, run.known, run.window, run.branches = held, held + 1, 0, ()
+
+    def chosen(self, session: int, tokens: int) -> None:
+        """So many tokens follow in a session for which none is drawn; they run next, or when it is admitted again."""
+        run = self._active.get(session) or next(one for one in self._queue if one.session == session)
+        run.known += tokens
 
     def close(self, session: int) -> None:
         """A session has ended or was cancelled; closing what is closed already does nothing."""

@@ -7,15 +7,16 @@ import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
+from ganglion.agent.lead.draw import Draw
 from ganglion.agent.lead.grammar import Constraint
 from ganglion.agent.lead.sampler import Drawn
-from ganglion.agent.lead.sampling import Sampling, parse_sampling
 from ganglion.agent.lead.steering import Steering
 from ganglion.agent.speculation.contract import check_contract
 from ganglion.proto import lane_pb2
 from ganglion.wire.errors import ContextExceeded, Exhausted, GanglionError, InvalidRequest
 from ganglion.wire.limits import EVENTS_QUEUED, TENANT_BYTES
 from ganglion.wire.nouns import Manifest, Plan
+from ganglion.wire.sampling.parameters import Sampling, parse_sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class Request:
     """A checked Open. `limit_tokens`: prompt and answer together never exceed it. `grammar`: "" for none.
 
     `tenant`: whose prompts may share what is kept of them, as the gateway says. `answered`: tokens at the end of
-    `prompt` that were drawn before, of an answer that goes on. `contract`: the client drafts.
+    `prompt` that were drawn before, of an answer that goes on. `contract`: the client drafts. `choosing`: it chooses.
     """
 
     prompt: tuple[int, ...]
@@ -34,6 +35,16 @@ class Request:
     tenant: str
     answered: int = 0
     contract: lane_pb2.Contract | None = None
+    choosing: lane_pb2.Choosing | None = None
+
+    def draw(self, position: int) -> Draw:
+        """What the shares are asked about the token at `position`, adjustments aside."""
+        sampling = self.sampling
+        if self.choosing is not None:
+            return Draw(self.choosing.candidates, 0.0, 0, position, top_logprobs=0, keep=True)
+        return Draw(
+            sampling.candidates, sampling.temperature, sampling.seed, position, sampling.top_logprobs, sampling.mass
+        )
 
     @property
     def asked_tokens(self) -> int:
@@ -66,10 +77,22 @@ def parse_open(message: lane_pb2.Open, manifest: Manifest, plan: Plan) -> Reques
     if contract is not None:
         check_contract(contract, manifest, plan.manifest_digest)
     stop_ids = frozenset(message.stop_ids)
+    choosing = message.choosing if message.HasField("choosing") else None
+    if choosing is not None:
+        _check_choosing(message)
     if message.grammar:
         stop_ids |= frozenset(manifest.eos_ids)  # how a grammar ends
-    sampling = parse_sampling(message.sampling, vocab)
-    return Request(prompt, limit, sampling, stop_ids, message.grammar, message.tenant, message.answered, contract)
+    sampling = Sampling() if choosing is not None else parse_sampling(message.sampling, vocab)
+    answered, grammar = message.answered, message.grammar
+    return Request(prompt, limit, sampling, stop_ids, grammar, message.tenant, answered, contract, choosing)
+
+
+def _check_choosing(message: lane_pb2.Open) -> None:
+    """Nothing else may draw, and nothing else end the answer, where the client chooses; raises InvalidRequest."""
+    given = {field.name for field, _ in message.ListFields()}
+    for field in ("sampling", "grammar", "stop_ids", "contract", "away"):
+        if field in given:
+            raise InvalidRequest(f"{field} is set where the client chooses every token; leave it out", param=field)
 
 
 @dataclass(slots=True)
@@ -106,9 +129,9 @@ class Session:
         self.cached_tokens = 0  # of the prompt: those that were not run again
         self._opened = time.perf_counter()
         self._first: float | None = None
-        self._queue: asyncio.Queue[lane_pb2.Token | lane_pb2.Outcome | lane_pb2.Finished | GanglionError] = (
-            asyncio.Queue()
-        )
+        self._queue: asyncio.Queue[
+            lane_pb2.Token | lane_pb2.Outcome | lane_pb2.Scored | lane_pb2.Finished | GanglionError
+        ] = asyncio.Queue()
 
     def waited(self, now: float) -> None:
         """The session was admitted: what passed until now was the queue."""
@@ -131,6 +154,12 @@ class Session:
         if self.steering is not None and self.steering.drawn(drawn.token):
             return lane_pb2.FINISH_REASON_STOP
         return lane_pb2.FINISH_REASON_LENGTH if len(self.ids) >= self.request.limit_tokens else None
+
+    def tell(self, scored: lane_pb2.Scored) -> None:
+        """Tell a client that chooses a distribution, or more of it."""
+        if self._first is None:
+            self._first = time.perf_counter()
+        self._queue.put_nowait(scored)
 
     def passed(self, drafted: int, accepted: int, *, hit: bool, outcome: lane_pb2.Outcome | None) -> None:
         """The tokens added last came of one pass over so many drafted ones; `outcome`: for a client that drafts."""
@@ -170,6 +199,11 @@ class Session:
         """Whether tokens wait that its stream has not taken."""
         return not self._queue.empty()
 
+    @property
+    def untold_events(self) -> int:
+        """Events that its stream has not taken."""
+        return self._queue.qsize()
+
     def _timings(self) -> lane_pb2.Timings:
         wall, spent = time.perf_counter() - self._opened, self.spent
         parts = (spent.queue_s, spent.compute_s, spent.exchange_s, spent.seal_s, spent.sample_s, spent.draft_s)
@@ -190,7 +224,7 @@ class Session:
     async def events(self) -> AsyncGenerator[lane_pb2.SessionEvent, None]:
         """Tokens as they are drawn, those that wait in one event, then Finished; raises what `fail` was given.
 
-        To a client that drafts, those of each pass in one event with its outcome.
+        To a client that drafts, those of each pass in one event with its outcome; to one that chooses, distributions.
         """
         tokens: list[lane_pb2.Token] = []
         while True:
@@ -204,6 +238,8 @@ class Session:
                 drawn = lane_pb2.Tokens(tokens=tokens, cached_tokens=self.cached_tokens, outcome=outcome)
                 tokens = []
                 yield lane_pb2.SessionEvent(tokens=drawn)
+            if isinstance(item, lane_pb2.Scored):
+                yield lane_pb2.SessionEvent(scored=item)
             if isinstance(item, lane_pb2.Finished):
                 yield lane_pb2.SessionEvent(finished=item)
                 return

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ganglion.agent.lead.adjusting import NO_ADJUSTMENTS, Adjusting, Adjustments, VocabShare
 from ganglion.agent.lead.grammar import Constraint
-from ganglion.agent.lead.penalties import Penalties
-from ganglion.agent.lead.sampling import Sampling
+from ganglion.wire.sampling.adjusting import NO_ADJUSTMENTS, Adjusting, Adjustments, VocabShare
+from ganglion.wire.sampling.parameters import Sampling
+from ganglion.wire.sampling.penalties import Penalties
 
 
 class Steering:

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 
 from ganglion.proto import lane_pb2
 from ganglion.wire.errors import InvalidRequest, Unsupported
-from ganglion.wire.nouns import Manifest, id_files
+from ganglion.wire.nouns import Manifest, tokenizer_digest
 
-_CONTEXT = b"ganglion.v1 tokenizer"
 _DIGEST_BYTES = 32
-
-
-def tokenizer_digest(manifest: Manifest) -> bytes:
-    """What ids mean: SHA-256 (32 bytes) over names and digests of the files that say it, in order of names."""
-    found = hashlib.sha256(_CONTEXT)
-    for name, piece in sorted(id_files(manifest).items()):
-        found.update(len(name.encode()).to_bytes(4, "little") + name.encode() + bytes.fromhex(piece.digest))
-    return found.digest()
 
 
 def check_contract(contract: lane_pb2.Contract, manifest: Manifest, manifest_digest: str) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, runtime_checkable
 
-from ganglion.agent.lead.sampling import Sampling
 from ganglion.agent.speculation.branching import Branch
 from ganglion.agent.speculation.engine import Ask, DraftEngine
 from ganglion.agent.speculation.window import PassCost
+from ganglion.wire.sampling.parameters import Sampling
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,12 +18,12 @@ from ganglion.agent.executor.embedding import EmbeddingTable
 from ganglion.agent.executor.executor import Batch, Executor
 from ganglion.agent.executor.loader import Shard, load_shard
 from ganglion.agent.executor.prepacked import Prepacked
-from ganglion.agent.lead.adjusting import VocabShare
 from ganglion.agent.roles import Role
 from ganglion.agent.speculation.guessing import NO_GUESS, Ask, Guess, guess
 from ganglion.wire.errors import Internal, InvalidDocument
-from ganglion.wire.nouns import Manifest, Plan, Range, Share, Stage, digest, kv_capacity_tokens
-from ganglion.wire.shares import OpenPiece
+from ganglion.wire.nouns import Manifest, Plan, Range, Stage, digest, kv_capacity_tokens
+from ganglion.wire.sampling.adjusting import VocabShare
+from ganglion.wire.shares import OpenPiece, whole_share
 
 __all__ = ["Ask", "DraftEngine", "Guess", "draft_plan", "load_engine"]
 
@@ -39,12 +39,7 @@ def draft_plan(manifest: Manifest, *, slots: int, context: int, chunk: int = CHU
     """
     geometry = manifest.geometry
     context = min(context, geometry.context)
-    share = Share(
-        device=_HERE,
-        heads=Range(0, geometry.head_groups),
-        columns=Range(0, geometry.column_groups),
-        vocab=Range(0, geometry.vocab_groups),
-    )
+    layers = Range(0, geometry.layers)
     return Plan(
         manifest_digest=digest(manifest),
         numeric_class=manifest.numeric_class,
@@ -52,7 +47,7 @@ def draft_plan(manifest: Manifest, *, slots: int, context: int, chunk: int = CHU
         sessions=slots,
         kv_tokens=slots * kv_capacity_tokens(context),
         chunk=max(chunk, slots),
-        stages=(Stage(layers=Range(0, geometry.layers), shares=(share,), topology="mesh"),),
+        stages=(Stage(layers=layers, shares=(whole_share(manifest, _HERE, layers),), topology="mesh"),),
         threads={},
     )
 

@@ -9,12 +9,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ganglion.agent.lead.adjusting import Adjusting, VocabShare
 from ganglion.agent.lead.candidates import answer
 from ganglion.agent.lead.draw import Draw
-from ganglion.agent.lead.penalties import Penalties
 from ganglion.agent.lead.sampler import More, rank_tokens
-from ganglion.agent.lead.sampling import Sampling
+from ganglion.wire.sampling.adjusting import Adjusting, VocabShare
+from ganglion.wire.sampling.parameters import Sampling
+from ganglion.wire.sampling.penalties import Penalties
 
 _RANKED: Final = 256  # the likeliest tokens, from which guesses after the first are taken
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Final
 from weakref import WeakKeyDictionary
 
-from ganglion.agent.lead.sampling import Sampling, parse_sampling
 from ganglion.agent.speculation.answer import Answer
 from ganglion.agent.speculation.contract import draws_as
 from ganglion.agent.speculation.drafting import Drafting, Limits, without_drafts
@@ -26,6 +25,7 @@ from ganglion.agent.speculation.pool import DraftPool
 from ganglion.agent.speculation.verifier import Verifier, VerifierStream
 from ganglion.proto import lane_pb2
 from ganglion.wire.errors import Conflict, DeviceLost, GanglionError, ProtocolViolation, Unavailable, Unreachable
+from ganglion.wire.sampling.parameters import Sampling, parse_sampling
 
 log = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from ganglion.agent.lead.sampling import Sampling
 from ganglion.agent.speculation.corrections import RANKS
 from ganglion.agent.speculation.drafting import STEP_NODES, Drafting
 from ganglion.agent.speculation.guesser import Guesser
 from ganglion.agent.speculation.guessing import Ask
 from ganglion.agent.speculation.slots import SlotTable
 from ganglion.agent.speculation.tree import Node
+from ganglion.wire.sampling.parameters import Sampling
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,16 @@ from collections.abc import Iterable, Iterator
 
 from ganglion.wire.errors import InvalidDocument, NotFound
 from ganglion.wire.nouns import TOKENIZER_FILE, Manifest, PieceRef, Plan, Range, Segment, Share, Stage
-from ganglion.wire.shares import share_pieces
+from ganglion.wire.shares import (
+    Groups,
+    check_experts,
+    graph_name,
+    group_count,
+    held_groups,
+    only_experts,
+    share_pieces,
+    whole_share,
+)
 
 
 def needed_pieces(manifest: Manifest, plan: Plan, node_id: str) -> tuple[PieceRef, ...]:
@@ -33,13 +42,7 @@ def whole_model_pieces(manifest: Manifest) -> tuple[PieceRef, ...]:
 
 def _of_whole(manifest: Manifest, layers: int, node_id: str) -> Iterator[PieceRef]:
     """Of the first `layers` layers and the output matrix, all groups."""
-    geometry = manifest.geometry
-    share = Share(
-        device=node_id,
-        heads=Range(0, geometry.head_groups),
-        columns=Range(0, geometry.column_groups),
-        vocab=Range(0, geometry.vocab_groups),
-    )
+    share = whole_share(manifest, node_id, Range(0, layers))
     stage = Stage(layers=Range(0, layers), shares=(share,), topology="mesh")
     yield from _of_share(manifest, stage, share, lead=False)
 
@@ -68,27 +71,32 @@ def _of_share(manifest: Manifest, stage: Stage, share: Share, *, lead: bool) -> 
         raise InvalidDocument(
             f"plan: layers {stage.layers.start}..{stage.layers.stop}, {manifest.name} has {len(manifest.layers)}"
         )
+    check_experts(manifest, stage)
     if lead:
         yield from manifest.embedding.pieces
         if TOKENIZER_FILE in manifest.tokenizer:
             yield manifest.tokenizer[TOKENIZER_FILE]
-    yield from _ropes(manifest)
+    holds_only = only_experts(share)
+    if not holds_only:
+        yield from _ropes(manifest)
     for layers in (manifest.layers, manifest.prompt_layers):
-        for layer in layers[stage.layers.start : stage.layers.stop]:
+        for number, layer in enumerate(layers[stage.layers.start : stage.layers.stop]):
             for segment in layer.segments:
-                yield from _of_segment(manifest, segment, share.heads if segment.axis == "heads" else share.columns)
+                groups = held_groups(share, segment, number)
+                if group_count(groups) or not holds_only:
+                    yield from _of_segment(manifest, segment, groups, first=int(holds_only))
     yield from _of_segment(manifest, manifest.head, share.vocab)
 
 
-def _of_segment(manifest: Manifest, segment: Segment, groups: Range) -> Iterator[PieceRef]:
-    if groups.count == 0 and (segment.takes == "carry" or segment is manifest.head):
+def _of_segment(manifest: Manifest, segment: Segment, groups: Groups, *, first: int = 0) -> Iterator[PieceRef]:
+    """first: of its graphs; a device with experts only runs none that routes."""
+    count = group_count(groups)
+    if count == 0 and (segment.takes == "carry" or segment is manifest.head):
         return
-    name = f"{segment.kind}/{groups.count}"
+    name = graph_name(segment, groups)
     if name not in manifest.graphs:
-        raise InvalidDocument(
-            f"manifest {manifest.name} has no graph {name}, which the plan's share of {groups.count} uses"
-        )
-    yield from manifest.graphs[name]
+        raise InvalidDocument(f"manifest {manifest.name} has no graph {name}, which the plan's share of {count} uses")
+    yield from manifest.graphs[name][first:]
     for slot in segment.slots:
         yield from share_pieces(slot, groups)
 

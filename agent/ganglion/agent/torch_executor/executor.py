@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -15,12 +15,13 @@ from ganglion.agent.executor import seats
 from ganglion.agent.executor.buffers import Delta
 from ganglion.agent.executor.executor import rope_tables
 from ganglion.agent.executor.kv import Take
+from ganglion.agent.executor.mixing import Routed, check_places
 from ganglion.agent.executor.prefix_blocks import Begin, Keep
 from ganglion.agent.roles import Role
 from ganglion.agent.torch_executor.attention import Attention, attend, mask, turned
 from ganglion.agent.torch_executor.kv import TorchLedger, TorchState
 from ganglion.agent.torch_executor.loader import TorchSegment, TorchSettings, TorchShard
-from ganglion.wire.errors import ProtocolViolation
+from ganglion.wire.errors import Internal, ProtocolViolation
 from ganglion.wire.nouns import PREFIX_BLOCK_TOKENS, Manifest, Plan
 from ganglion.wire.shares import OpenPiece
 
@@ -78,6 +79,7 @@ class TorchExecutor:
             dtype=settings.dtype,
         )
         self._seats = seats.Seats(self._ledger, self._ledger, plan, pads=False, moved=lambda session: None)
+        self.on_routes: Callable[[int, NDArray[np.int64]], None] | None = None  # (layer, chosen experts [rows, k])
         self._parts = manifest.handover == "parts"
         self._wide: type[np.float64 | np.float32] = np.float64 if self._class.exact else np.float32
         self._ropes = {
@@ -206,7 +208,9 @@ class TorchExecutor:
         """
         self._arrive(batch)
         one = self._by_role[batch.role][index]
-        if one.first is None:
+        if one.segment.axis == "experts":
+            self._run_mixture(batch, index, one)
+        elif one.first is None:
             width = one.segment.width or self._hidden
             batch.delta = torch.zeros((batch.rows, width), device=self._settings.device)
         else:
@@ -224,6 +228,59 @@ class TorchExecutor:
             return _NOTHING
         batch.given = batch.delta.cpu().numpy().astype(self._wide)
         return batch.given
+
+    def _run_mixture(self, batch: TorchBatch, index: int, one: TorchSegment) -> None:
+        if one.groups != one.segment.groups or one.last is None:
+            raise Internal(f"segment {index}: {one.groups} of {one.segment.groups} experts lie here: route its rows")
+        rows, chosen, weights = self._choose(batch, one)
+        each = chosen.shape[1]
+        given = one.last.run(rows=rows.repeat_interleave(each, 0), index=chosen.reshape(-1))["given"]
+        batch.delta = (given.view(batch.rows, each, -1) * weights.unsqueeze(-1)).sum(1)
+
+    def _choose(self, batch: TorchBatch, one: TorchSegment) -> tuple[Tensor, Tensor, Tensor]:
+        """Take the residual; the rows, their experts and the weights of these."""
+        if one.first is None:
+            raise Internal(f"{one.segment.kind} of layer {one.layer}: this device does not choose its rows' experts")
+        found = one.first.run(delta=batch.delta, res=batch.residual)
+        batch.residual, batch.carry = found["res_out"], None
+        if self.on_routes is not None:
+            self.on_routes(one.layer, found["chosen"].cpu().numpy())
+        return found["rows"], found["chosen"], found["weights"]
+
+    def held(self, index: int) -> tuple[int, ...]:
+        """See `Executor.held`."""
+        return self._shard.segments[index].held
+
+    @torch.inference_mode()
+    def route(self, batch: TorchBatch, index: int) -> Routed:
+        """See `Executor.route`."""
+        self._arrive(batch)
+        rows, chosen, weights = self._choose(batch, self._mixture(batch.role, index))
+        return Routed(rows.float().cpu().numpy(), chosen.cpu().numpy(), weights.cpu().numpy())
+
+    @torch.inference_mode()
+    def experts(self, index: int, rows: NDArray[np.float32], place: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See `Executor.experts`."""
+        one = self._mixture("any", index)
+        check_places(index, rows, place, len(one.held))
+        if one.last is None or not place.size:
+            return np.zeros(rows.shape, np.float32)
+        where = torch.from_numpy(place.copy()).to(self._settings.device)
+        given = one.last.run(rows=self._on_device(rows).to(self._settings.dtype), index=where)["given"]
+        found: NDArray[np.float32] = given.cpu().numpy()
+        return found
+
+    def leave(self, batch: TorchBatch, index: int) -> Delta:
+        """See `Executor.leave`."""
+        self._mixture(batch.role, index)
+        batch.given = np.zeros((batch.rows, self._hidden), self._wide)
+        return batch.given
+
+    def _mixture(self, role: Role, index: int) -> TorchSegment:
+        one = self._by_role[role][index]
+        if one.segment.axis != "experts":
+            raise Internal(f"segment {index}: {one.segment.kind} is not cut by experts")
+        return one
 
     def _attend(self, batch: TorchBatch, index: int, one: Attention, rope: str, projected: Tensor) -> Tensor:
         layer, dim = self._layers[index], one.head_dim

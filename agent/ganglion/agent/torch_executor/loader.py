@@ -12,13 +12,13 @@ import torch
 
 from ganglion.agent.executor.choice import ExecutorChoice
 from ganglion.agent.executor.graph_file import check_graph
-from ganglion.agent.executor.loader import Part, parts_of
+from ganglion.agent.executor.parts import Part, ends_of, parts_of
 from ganglion.agent.torch_executor.attention import Attention, read_attention
 from ganglion.agent.torch_executor.graph import Graph, read_graph
 from ganglion.agent.torch_executor.program import Compiler, Program
 from ganglion.wire.errors import Corrupt, DoesNotFit, InvalidDocument, Unsupported
 from ganglion.wire.nouns import Manifest, PieceRef, Plan, Segment, Share, Stage
-from ganglion.wire.shares import OpenPiece, write_weights
+from ganglion.wire.shares import OpenPiece, graph_name, only_experts, write_weights
 
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -48,13 +48,19 @@ def settle(choice: ExecutorChoice, threads: int) -> TorchSettings:
 
 @dataclass(frozen=True, slots=True)
 class TorchSegment:
-    """A segment of this device: what runs first, attention where it attends, and what runs after that."""
+    """A segment of this device: what runs first, attention where it attends, and what runs after that.
+
+    Of whole experts what routes runs first, and last those that are held (`held`, by rising number). layer: of the
+    model.
+    """
 
     segment: Segment
     groups: int
     first: Program | None
     attention: Attention | None = None
     last: Program | None = None
+    layer: int = 0
+    held: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +71,7 @@ class TorchShard:
     prompt: tuple[TorchSegment, ...]
     head: TorchSegment | None
     weights_bytes: int
-    shares: int  # of the stage; with others its sums are exchanged
+    shares: int  # of the stage that sum; with others its sums are exchanged
 
 
 def load_torch_shard(
@@ -98,7 +104,8 @@ def load_torch_shard(
         one.weights_bytes for segment in (*loaded, head) for one in (segment.first, segment.last) if one is not None
     )
     segments, prompt = tuple(loaded[:own]), tuple(loaded[own:])
-    return TorchShard(segments, prompt or segments, head if head.first is not None else None, held, len(stage.shares))
+    shares = sum(not only_experts(one) for one in stage.shares)
+    return TorchShard(segments, prompt or segments, head if head.first is not None else None, held, shares)
 
 
 def _check_memory(numbers: int, plan: Plan, manifest: Manifest, share: Share, settings: TorchSettings) -> None:
@@ -139,31 +146,35 @@ class _Loader:
     def load(self, part: Part) -> TorchSegment:
         """The programs of a part's graphs."""
         if not part.runs:
-            return TorchSegment(part.segment, part.share.count, None)
+            return TorchSegment(part.segment, part.count, None, layer=part.layer)
         weights = io.BytesIO(bytes(part.size))
         write_weights(part.segment, part.share, self._open_piece, weights)
         view = weights.getbuffer()
         if view.nbytes != part.size:
             raise Corrupt(f"weights of {part.name}: {view.nbytes} bytes, expected {part.size}")
         graphs, settings = self._read(part), self._settings
+        if part.segment.axis == "experts":
+            first = self._compiled(graphs[0], view) if part.routes else None
+            last = self._compiled(graphs[1], view) if part.held else None
+            return TorchSegment(part.segment, part.count, first, None, last, part.layer, part.held)
         if len(graphs) == 1:
-            return TorchSegment(part.segment, part.share.count, self._compiled(graphs[0], view))
-        first, attends, last = graphs
+            return TorchSegment(part.segment, part.count, self._compiled(graphs[0], view))
+        first_graph, attends, last_graph = graphs
         return TorchSegment(
             part.segment,
-            part.share.count,
-            self._compiled(first, view),
+            part.count,
+            self._compiled(first_graph, view),
             read_attention(attends, view, self._manifest.geometry.head_dim, settings.device),
-            self._compiled(last, view),
+            self._compiled(last_graph, view),
         )
 
     def _compiled(self, graph: Graph, weights: memoryview) -> Program:
         return Compiler(graph, weights, self._settings.device, self._settings.dtype).compile()
 
     def _read(self, part: Part) -> list[Graph]:
-        name = f"{part.segment.kind}/{part.share.count}"
+        name = graph_name(part.segment, part.share)
         pieces = self._manifest.graphs.get(name, ())
-        expected = 3 if part.share.count and part.segment.attends else 1
+        expected = len(ends_of(part))
         if len(pieces) != expected:
             raise InvalidDocument(f"manifest {self._manifest.name}: {len(pieces)} graphs {name!r}, expected {expected}")
         return [self._graph(piece, part) for piece in pieces]

@@ -13,6 +13,7 @@ from torch import Tensor
 from ganglion.agent.torch_executor.graph import Node
 from ganglion.agent.torch_executor.mixture import emit_experts
 from ganglion.agent.torch_executor.program import Compiler
+from ganglion.wire.errors import Unsupported
 
 _INTEGERS: Final = {6: torch.int32, 7: torch.int64}  # of Cast; other types are the program's own choice
 
@@ -194,6 +195,27 @@ def _gather(c: Compiler, node: Node) -> None:
     c.emit(lambda value, index: value[index], [c.place(one) for one in node.inputs], node.outputs)
 
 
+def _count_up(c: Compiler, node: Node) -> None:
+    (axis,) = c.static(node.inputs[1])
+    if not node.attributes.get("exclusive"):
+        raise Unsupported("CumSum: the torch executor adds up what lies before")
+
+    def call(value: Tensor) -> Tensor:
+        wide = value.float()  # in 16 bits it would not count far
+        return wide.cumsum(axis) - wide
+
+    c.emit(call, [c.place(node.inputs[0])], node.outputs)
+
+
+def _scatter(c: Compiler, node: Node) -> None:
+    def call(rows: Tensor, at: Tensor, given: Tensor) -> Tensor:
+        found = torch.empty(rows.shape, dtype=given.dtype, device=rows.device)
+        found[at[:, 0]] = given  # of our graphs: every row once
+        return found
+
+    c.emit(call, [c.place(one) for one in node.inputs], node.outputs)
+
+
 def _max(c: Compiler, node: Node) -> None:
     (floor,) = [float(c.products.value(one)) for one in node.inputs if one in c.graph.tensors]
     c.emit(lambda value: value.clamp(min=floor), [c.place(node.inputs[0])], node.outputs)
@@ -233,6 +255,7 @@ EMITTERS: Final[dict[str, Callable[[Compiler, Node], None]]] = {
     "Compress": _compress,
     "Concat": _concat,
     "ConstantOfShape": _fill,
+    "CumSum": _count_up,
     "Div": _simple(operator.truediv),
     "Equal": _simple(torch.eq),
     "Expand": _expand,
@@ -246,6 +269,7 @@ EMITTERS: Final[dict[str, Callable[[Compiler, Node], None]]] = {
     "Max": _max,
     "MoE": emit_experts,
     "Mul": _mul,
+    "NonZero": _simple(lambda value: value.nonzero().T),
     "OneHot": _one_hot,
     "Pad": _pad,
     "QMoE": emit_experts,
@@ -254,6 +278,7 @@ EMITTERS: Final[dict[str, Callable[[Compiler, Node], None]]] = {
     "ReduceSum": _reduce,
     "ReduceSumSquare": _reduce,
     "Reshape": _reshape,
+    "ScatterND": _scatter,
     "Shape": _shape,
     "SimplifiedLayerNormalization": _norm,
     "SkipSimplifiedLayerNormalization": _skip_norm,
@@ -261,6 +286,7 @@ EMITTERS: Final[dict[str, Callable[[Compiler, Node], None]]] = {
     "Softmax": _softmax,
     "Split": _split,
     "Sqrt": _simple(torch.sqrt),
+    "Sub": _simple(operator.sub),
     "Tanh": _simple(torch.tanh),
     "TopK": _top,
     "Unsqueeze": _unsqueeze,

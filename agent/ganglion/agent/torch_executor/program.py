@@ -19,7 +19,8 @@ from ganglion.agent.torch_executor.products import Product, Products
 from ganglion.wire.errors import Unsupported
 
 _Call = Callable[..., Any]
-_LEFT_WIDE = ("res_out", "partial", "logits")  # outputs in float32; the others are in the compute dtype
+_LEFT_WIDE = ("res_out", "partial", "logits", "weights", "given")  # outputs in float32
+_LEFT_AS_THEY_ARE = ("chosen",)  # the others are in the compute dtype
 
 
 def _as(dtype: torch.dtype) -> _Call:
@@ -76,8 +77,8 @@ class Compiler:
         inputs = {name: self._new(name) for name in self.graph.inputs}
         outputs = {name: self.place(name) for name in self.graph.outputs}
         for name, place in outputs.items():
-            left = torch.float32 if name in _LEFT_WIDE else self.dtype
-            outputs[name] = self.emit(_as(left), [place])
+            if name not in _LEFT_AS_THEY_ARE:
+                outputs[name] = self.emit(_as(torch.float32 if name in _LEFT_WIDE else self.dtype), [place])
         return Program(inputs, outputs, self._values, self._calls)
 
     # Values.

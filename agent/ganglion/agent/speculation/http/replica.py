@@ -24,14 +24,14 @@ from ganglion.agent.executor.port import StepExecutor
 from ganglion.agent.executor.prepacked import Prepacked
 from ganglion.agent.lead.driver import Lead
 from ganglion.agent.lead.grammar import Grammars
-from ganglion.agent.speculation.contract import tokenizer_digest
 from ganglion.agent.speculation.http.round_messages import Facts
 from ganglion.agent.speculation.http.serving import RoundServer
 from ganglion.agent.store import ManifestShelf, PieceStore
 from ganglion.agent.worker_beat import Beat
 from ganglion.agent.worker_stage import StageRunner, vocab_shares
 from ganglion.wire.errors import GanglionError, InvalidRequest, Unavailable, to_body
-from ganglion.wire.nouns import Manifest, Plan, Range, Share, Stage, digest, kv_capacity_tokens
+from ganglion.wire.nouns import Manifest, Plan, Range, Stage, digest, kv_capacity_tokens, tokenizer_digest
+from ganglion.wire.shares import whole_share
 
 log = logging.getLogger(__name__)
 
@@ -139,12 +139,7 @@ def _manifest(options: ReplicaOptions) -> Manifest:
 def _plan(manifest: Manifest, options: ReplicaOptions) -> Plan:
     geometry = manifest.geometry
     context = options.context or min(geometry.context, 4096)
-    share = Share(
-        device=_DEVICE,
-        heads=Range(0, geometry.head_groups),
-        columns=Range(0, geometry.column_groups),
-        vocab=Range(0, geometry.vocab_groups),
-    )
+    layers = Range(0, geometry.layers)
     return Plan(
         manifest_digest=digest(manifest),
         numeric_class=manifest.numeric_class,
@@ -152,7 +147,7 @@ def _plan(manifest: Manifest, options: ReplicaOptions) -> Plan:
         sessions=options.sessions,
         kv_tokens=options.sessions * kv_capacity_tokens(context + 1),
         chunk=256,
-        stages=(Stage(layers=Range(0, geometry.layers), shares=(share,), topology="mesh"),),
+        stages=(Stage(layers=layers, shares=(whole_share(manifest, _DEVICE, layers),), topology="mesh"),),
         threads={_DEVICE: options.threads or len(os.sched_getaffinity(0))},
         prefix_tokens=-(-options.kept_tokens // 32) * 32,
     )

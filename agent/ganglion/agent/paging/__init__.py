@@ -1,0 +1,1 @@
+"""Experts beyond memory: a global cache of pages, filled by explicit reads, ahead where that can be."""
