@@ -122,7 +122,13 @@ def make_profile(budget_bytes: int = 4 * MODEL_BYTES, **changes) -> DeviceProfil
 
 
 def all_devices(
-    manifest: Manifest, devices: Sequence[Device], links: object, options: PlanOptions, drafter: Manifest | None = None
+    manifest: Manifest,
+    devices: Sequence[Device],
+    links: object,
+    options: PlanOptions,
+    drafter: Manifest | None = None,
+    routes: object = None,
+    soon: bool = False,
 ) -> PlanReport:
     """A planner without figures: even shares over every device, if together they have MODEL_BYTES."""
     ranked = sorted(devices, key=lambda device: device.name)

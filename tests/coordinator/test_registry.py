@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from ganglion.coordinator.registry import (
+    BudgetRow,
     DeploymentRow,
     DeviceRow,
+    ExpertRow,
     LinkRow,
     MemoryRegistry,
     Registry,
@@ -175,6 +177,32 @@ def test_links_replace_the_measurement_before(registry: Registry):
     assert registry.links() == (second, back)
 
 
+def test_experts_and_budgets_replace_those_of_their_name(registry: Registry):
+    registry.put_expert(ExpertRow(name="b", spec=b"1"))
+    registry.put_expert(ExpertRow(name="a", spec=b"2"))
+    registry.put_measured("a", b"[]")
+    registry.put_measured("nobody", b"[]")
+    assert registry.experts() == (ExpertRow(name="a", spec=b"2", measured=b"[]"), ExpertRow(name="b", spec=b"1"))
+    registry.put_expert(ExpertRow(name="a", spec=b"3"))
+    registry.remove_expert("b")
+    registry.remove_expert("b")
+    assert registry.experts() == (ExpertRow(name="a", spec=b"3"),)
+    registry.put_budget(BudgetRow(name="y", budget=b"1"))
+    registry.put_budget(BudgetRow(name="x", budget=b"2"))
+    registry.put_budget(BudgetRow(name="y", budget=b"3"))
+    assert registry.budgets() == (BudgetRow(name="x", budget=b"2"), BudgetRow(name="y", budget=b"3"))
+    registry.remove_budget("x")
+    registry.remove_budget("x")
+    assert registry.budgets() == (BudgetRow(name="y", budget=b"3"),)
+
+
+def test_the_gates_view_replaces_the_one_before(registry: Registry):
+    assert registry.quality_profile() == b""
+    registry.put_quality_profile(b"1")
+    registry.put_quality_profile(b"2")
+    assert registry.quality_profile() == b"2"
+
+
 def race(openers: list[Callable[[], Registry]], uses: int) -> list[str]:
     """Every opener's registry enrols one device with the same token at the same moment."""
     barrier = threading.Barrier(len(openers))
@@ -221,10 +249,11 @@ def test_a_file_keeps_everything(tmp_path: Path):
     first.put_deployment(deployment())
     first.begin_epoch("d1", 3, ["node1"])
     first.put_links([LinkRow(source="a", target="b", reachable=True, rtt_s=1e-3, bytes_per_s=1e6)])
-    seen = (first.devices(), first.tokens(), first.deployments(), first.links())
+    first.put_expert(ExpertRow(name="a", spec=b"1", measured=b"[]"))
+    seen = (first.devices(), first.tokens(), first.deployments(), first.links(), first.experts())
     first.close()
     second = SqliteRegistry(path)
-    assert (second.devices(), second.tokens(), second.deployments(), second.links()) == seen
+    assert (second.devices(), second.tokens(), second.deployments(), second.links(), second.experts()) == seen
     second.close()
     assert path.stat().st_mode & 0o777 == 0o600
 
@@ -245,6 +274,14 @@ def test_a_damaged_file_is_refused(tmp_path: Path):
         SqliteRegistry(path)
 
 
+def test_routes_are_kept_by_model_the_last_ones(registry):
+    assert registry.routes("a" * 64) == b""
+    registry.put_routes("a" * 64, b"one")
+    registry.put_routes("b" * 64, b"other")
+    registry.put_routes("a" * 64, b"two")
+    assert (registry.routes("a" * 64), registry.routes("b" * 64)) == (b"two", b"other")
+
+
 def test_a_newer_schema_is_refused(tmp_path: Path):
     path = tmp_path / "registry.sqlite3"
     SqliteRegistry(path).close()
@@ -260,6 +297,8 @@ def test_a_registry_of_the_schema_before_is_brought_up_to_date(tmp_path) -> None
     SqliteRegistry(path).close()
     database = sqlite3.connect(path)
     database.execute("ALTER TABLE deployments DROP COLUMN drafter")
+    for table in ("experts", "budgets", "quality_profile", "routes"):
+        database.execute(f"DROP TABLE {table}")
     values = ("d", "m", "0" * 64, b"{}", b"{}", "", 3, b"[]", 1.0)
     database.execute(f"INSERT INTO deployments VALUES ({', '.join('?' * len(values))})", values)
     database.execute("PRAGMA user_version = 1")
@@ -269,4 +308,6 @@ def test_a_registry_of_the_schema_before_is_brought_up_to_date(tmp_path) -> None
         registry = SqliteRegistry(path)
         (row,) = registry.deployments()
         assert (row.deployment, row.epoch, row.drafter) == ("d", 3, b"")
+        assert registry.experts() == ()
+        assert registry.routes("0" * 64) == b""
         registry.close()

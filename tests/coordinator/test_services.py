@@ -49,6 +49,12 @@ SAID = {
         "PutRecord": {"owner"},
         "Rename": {"owner"},
         "Revoke": {"owner"},
+        "PutExpert": {"owner"},
+        "RemoveExpert": {"owner"},
+        "PutBudget": {"owner"},
+        "RemoveBudget": {"owner"},
+        "Select": {"owner", "gateway"},
+        "Report": {"gateway"},
     },
 }
 
@@ -206,7 +212,7 @@ async def test_links_are_ordered_when_a_device_joins_and_reach_the_planner(world
     seen = []
     asked = threading.Event()
 
-    def planner(manifest, devices, links, options, drafter):
+    def planner(manifest, devices, links, options, drafter, routes, soon):
         seen.append(links)
         asked.set()
         return tools.plan_all(manifest, devices, links, options)

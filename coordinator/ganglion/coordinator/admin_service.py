@@ -16,8 +16,10 @@ from ganglion.coordinator.addresses import seen_host
 from ganglion.coordinator.deployments.driver import Deployments
 from ganglion.coordinator.deployments.events import Phase
 from ganglion.coordinator.enrolment_service import token_row
+from ganglion.coordinator.experts_service import ExpertMethods
 from ganglion.coordinator.registry import DeviceRow, Registry
 from ganglion.coordinator.roster import Roster
+from ganglion.coordinator.selection import Experts
 from ganglion.proto import admin_pb2, admin_pb2_grpc, identity_pb2
 from ganglion.wire.errors import Conflict, InvalidDocument, InvalidRequest, NotFound, PermissionDenied, Unavailable
 from ganglion.wire.hello import check_hello, distribution_version, hello
@@ -44,22 +46,31 @@ ROLES: Final[dict[str, frozenset[Role]]] = {
     "/ganglion.v1.Admin/PutRecord": _OWNER,
     "/ganglion.v1.Admin/Rename": _OWNER,
     "/ganglion.v1.Admin/Revoke": _OWNER,
+    "/ganglion.v1.Admin/PutExpert": _OWNER,
+    "/ganglion.v1.Admin/RemoveExpert": _OWNER,
+    "/ganglion.v1.Admin/PutBudget": _OWNER,
+    "/ganglion.v1.Admin/RemoveBudget": _OWNER,
+    "/ganglion.v1.Admin/Select": frozenset({Role.OWNER, Role.GATEWAY}),
+    "/ganglion.v1.Admin/Report": frozenset({Role.GATEWAY}),
 }
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class AdminService(admin_pb2_grpc.AdminServicer):
-    """The methods of admin.proto, in its order."""
+class AdminService(ExpertMethods, admin_pb2_grpc.AdminServicer):
+    """The methods of admin.proto, in its order; those about edge experts are in experts_service.py."""
 
     def __init__(
         self,
         registry: Registry,
         roster: Roster,
         deployments: Deployments,
+        experts: Experts,
         owner_public_key: bytes,
+        *,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        super().__init__(experts)
         self._registry = registry
         self._roster = roster
         self._deployments = deployments
@@ -141,6 +152,8 @@ class AdminService(admin_pb2_grpc.AdminServicer):
             tokens_unused=len(unused),
             coordinator_version=distribution_version(),
             refused_offers=self._deployments.offers.refused(),
+            experts=self.experts.states(),
+            selections=self.experts.selections(),
         )
 
     def _device_state(self, row: DeviceRow, viewer_host: str) -> admin_pb2.DeviceState:

@@ -19,7 +19,7 @@ from ganglion.proto import fleet_pb2, fleet_pb2_grpc
 from ganglion.wire.address import split_address
 from ganglion.wire.certificates import is_node_id
 from ganglion.wire.errors import GanglionError, InvalidDocument, ProtocolViolation, Unavailable
-from ganglion.wire.hello import DRAFTING, check_hello, hello
+from ganglion.wire.hello import DRAFTING, ROUTES, check_hello, hello
 from ganglion.wire.identity import peer_of
 from ganglion.wire.limits import ADVERT_BYTES, HANDSHAKE_S
 from ganglion.wire.nouns import DeviceProfile, from_json
@@ -55,7 +55,7 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
         if first.WhichOneof("body") != "hello":
             raise ProtocolViolation("the first message of a control stream is hello")
         check_hello(first.hello)
-        yield fleet_pb2.CoordinatorMessage(hello=hello(features=[DRAFTING]))
+        yield fleet_pb2.CoordinatorMessage(hello=hello(features=[DRAFTING, ROUTES]))
         member = self._roster.join(node_id, host)
         reader = asyncio.create_task(self._read(member, request_iterator))
         reason = "the stream broke"
@@ -114,6 +114,8 @@ class FleetService(fleet_pb2_grpc.FleetServicer):
                 self._roster.put_held(member, *read_held(message.held))
             case "draft_offer":
                 self._deployments.offer(member.node_id, message.draft_offer)
+            case "routes":
+                self._deployments.routes(member.node_id, message.routes)
             case other:
                 raise ProtocolViolation(f"{other or 'an unknown message'} is not expected here")
 

@@ -26,6 +26,7 @@ from ganglion.coordinator.fleet_service import FleetService
 from ganglion.coordinator.health import TICK_S
 from ganglion.coordinator.registry import DeviceRow, SqliteRegistry
 from ganglion.coordinator.roster import Roster
+from ganglion.coordinator.selection import Experts
 from ganglion.partitioner.placement import place
 from ganglion.proto import admin_pb2_grpc, enrolment_pb2_grpc, fleet_pb2_grpc
 from ganglion.wire import discovery as mdns
@@ -105,7 +106,8 @@ class _Coordinator:
         self._changes = Changes()
         self._roster = Roster(registry, self._changes, time.monotonic)
         self._deployments = Deployments(registry, self._roster, planner, time.monotonic)
-        self._admin = AdminService(registry, self._roster, self._deployments, owner_public_key)
+        self._experts = Experts(registry, self._roster, self._deployments)
+        self._admin = AdminService(registry, self._roster, self._deployments, self._experts, owner_public_key)
 
     async def serve(
         self,
@@ -157,10 +159,12 @@ class _Coordinator:
             admin_pb2_grpc.add_AdminServicer_to_server(self._admin, fleet.server)  # type: ignore[no-untyped-call]
             enrolment_pb2_grpc.add_EnrolmentServicer_to_server(enrolment_service, enrolment.server)  # type: ignore[no-untyped-call]
             self._deployments.restore()
+            self._experts.restore()
             stack.push_async_callback(self._deployments.close)
             await fleet.start()
             await enrolment.start()
             stack.callback(self._end_streams)
+            await stack.enter_async_context(_background(self._experts.run()))
             if discovery:
                 await stack.enter_async_context(_background(self._announce(bind, enrolment.port)))
             if ready is not None:

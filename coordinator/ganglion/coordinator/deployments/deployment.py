@@ -19,7 +19,7 @@ class Deployment:
 
     reserved_bytes: memory that the plan takes, by node id. sessions: open on the lead, as it last said. drafter: the
     model that guesses at the lead. drafters: devices that draft for this one, whose sessions the lead admits. told: the
-    worker of a drafting deployment, last.
+    worker of a drafting deployment, last. ms_per_token: as the plan predicts it; 0: not.
     """
 
     deployment: str
@@ -36,6 +36,7 @@ class Deployment:
     drafter: Manifest | None = None
     drafter_json: bytes = b""
     drafters: tuple[str, ...] = ()
+    ms_per_token: float = 0.0
     told: fleet_pb2.Verifier | None = None
 
     @property
@@ -68,9 +69,10 @@ class Deployment:
         """What is wanted once: a model of a name; and a drafter of a name for each model and choice of devices."""
         return place_of(self.manifest, self.options)
 
-    def adopt(self, plan: Plan, reserved_bytes: dict[str, int]) -> None:
+    def adopt(self, plan: Plan, reserved_bytes: dict[str, int], ms_per_token: float) -> None:
         """This plan is the one of the next epoch."""
         self.plan, self.plan_json, self.reserved_bytes = plan, to_json(plan), reserved_bytes
+        self.ms_per_token = ms_per_token
 
     def event(self, roster: Roster) -> admin_pb2.DeployEvent:
         """What Deploy streams."""

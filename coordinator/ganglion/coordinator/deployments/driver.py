@@ -37,6 +37,7 @@ from ganglion.coordinator.deployments.offers import Offers, read_offer
 from ganglion.coordinator.deployments.planning import Placed, PlanInput, Planner, less_reserved, make_plan
 from ganglion.coordinator.registry import DeploymentRow, Registry
 from ganglion.coordinator.roster import Roster
+from ganglion.coordinator.routes import added, check_routes, counted
 from ganglion.partitioner.cost import Device
 from ganglion.proto import fleet_pb2
 from ganglion.wire.errors import (
@@ -185,7 +186,9 @@ class Deployments:
         place = place_of(manifest, options)
         taken = [each.reserved_bytes for each in self._known.values() if each.place != place]
         devices = less_reserved(self._devices(options), taken)
-        return await asyncio.to_thread(self._planner, manifest, devices, self._roster.links(), options, drafter)
+        routes = counted(self._registry.routes(digest(manifest)), manifest)
+        links = self._roster.links()
+        return await asyncio.to_thread(self._planner, manifest, devices, links, options, drafter, routes, False)
 
     def all(self) -> list[Deployment]:
         """Every wanted deployment, in order of creation."""
@@ -231,6 +234,16 @@ class Deployments:
             elif deployment.machine.devices[0] == node_id and deployment.sessions != worker.sessions:
                 deployment.sessions = worker.sessions
                 self._roster.changes.mark()
+
+    def routes(self, node_id: str, report: fleet_pb2.RouteReport) -> None:
+        """A lead counted routes: the next plan of its model goes by them; raises ProtocolViolation for none it has."""
+        for deployment in self._known.values():
+            leads = deployment.machine.devices[:1] == (node_id,)
+            if leads and deployment.manifest_digest == report.manifest_digest:
+                check_routes(report, deployment.manifest)
+                known = self._registry.routes(report.manifest_digest)
+                self._registry.put_routes(report.manifest_digest, added(known, report))
+                return
 
     def device_changed(self, node_id: str, reason: str) -> None:
         """A device may no longer be used as planned (its label changed): its deployments are planned again."""
@@ -405,13 +418,14 @@ class Deployments:
             holders=tuple(roster.name_of(node_id) for node_id in deployment.holders(roster)),
             holder=roster.name_of(deployment.holder),
             drafter=deployment.drafter,
+            routes=counted(self._registry.routes(deployment.manifest_digest), deployment.manifest),
             drafter_held=bool(deployment.drafter_holders(roster)),
             again=deployment.machine.epoch > 0,
         )
 
     def _adopt(self, deployment: Deployment, command: RequestPlan, placed: Placed) -> None:
         if deployment.machine.is_current(command.attempt):
-            deployment.adopt(placed.plan, placed.reserved_bytes)
+            deployment.adopt(placed.plan, placed.reserved_bytes, placed.ms_per_token)
         self._handle(deployment, Planned(command.attempt, placed.plan.devices))
 
 

@@ -8,14 +8,25 @@ from dataclasses import dataclass
 import msgspec
 
 from ganglion.partitioner.cost import Device, LinkFigures
+from ganglion.partitioner.expert_placement_routes import CountedRoutes
 from ganglion.partitioner.placement import surviving_options
 from ganglion.wire.errors import DoesNotFit, GanglionError, Unavailable
 from ganglion.wire.nouns import Manifest, Plan, PlanOptions, PlanReport
 
 Planner = Callable[
-    [Manifest, Sequence[Device], Mapping[tuple[str, str], LinkFigures], PlanOptions, Manifest | None], PlanReport
+    [
+        Manifest,
+        Sequence[Device],
+        Mapping[tuple[str, str], LinkFigures],
+        PlanOptions,
+        Manifest | None,
+        CountedRoutes | None,
+        bool,
+    ],
+    PlanReport,
 ]
-"""Model, devices, links, options, and the model that guesses at the lead."""
+"""Model, devices, links, options, the model that guesses at the lead, which experts tokens chose, whether it is urgent.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +34,7 @@ class PlanInput:
     """Everything a plan depends on. holders: names of devices here that hold the pieces; holder: who had them first.
 
     drafter: the model that guesses at the lead; drafter_held: by a device that is here, or by `holder`.
+    routes: which experts tokens of a mixture chose; None where that is not known.
     again: the deployment was planned before, so a device that was named may have been lost: the survivors answer.
     """
 
@@ -33,16 +45,18 @@ class PlanInput:
     holders: tuple[str, ...]
     holder: str
     drafter: Manifest | None = None
+    routes: CountedRoutes | None = None
     drafter_held: bool = True
     again: bool = False
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A plan and the memory it takes, in bytes by node id."""
+    """A plan, the memory it takes, in bytes by node id, and the time per token that it predicts; 0: none."""
 
     plan: Plan
     reserved_bytes: dict[str, int]
+    ms_per_token: float = 0.0
 
 
 def less_reserved(devices: Sequence[Device], reserved: Sequence[Mapping[str, int]]) -> tuple[Device, ...]:
@@ -86,12 +100,13 @@ def make_plan(planner: Planner, asked: PlanInput, avoid: frozenset[str], banned:
 
 def _place(planner: Planner, asked: PlanInput, devices: Sequence[Device]) -> Placed:
     options = surviving_options(asked.options, devices) if asked.again else asked.options
-    report = planner(asked.manifest, devices, asked.links, options, asked.drafter)
+    report = planner(asked.manifest, devices, asked.links, options, asked.drafter, asked.routes, asked.again)
     chosen = next((candidate for candidate in report.candidates if candidate.chosen), None)
     if report.plan is None or chosen is None:
         raise DoesNotFit(shortage_text(report))
     node_ids = {device.name: device.node_id for device in devices}
-    return Placed(report.plan, {node_ids[name]: size for name, size in chosen.memory_bytes.items()})
+    reserved = {node_ids[name]: size for name, size in chosen.memory_bytes.items()}
+    return Placed(report.plan, reserved, chosen.ms_per_token or 0.0)
 
 
 def shortage_text(report: PlanReport, at_most: int = 4) -> str:

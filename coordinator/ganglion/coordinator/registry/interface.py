@@ -71,6 +71,23 @@ class LinkRow:
     bytes_per_s: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpertRow:
+    """One edge expert. spec: serialized ExpertSpec. measured: its latest answers, as selection/experts.py has them."""
+
+    name: str
+    spec: bytes
+    measured: bytes = b""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetRow:
+    """What a class of requests may cost. budget: serialized Budget."""
+
+    name: str
+    budget: bytes
+
+
 class Registry(Protocol):
     """Where rows live. Node ids, token ids, deployment ids and names are unique."""
 
@@ -151,6 +168,50 @@ class Registry(Protocol):
 
     def put_links(self, rows: Iterable[LinkRow]) -> None:
         """Note measurements, each in place of the one before."""
+        ...
+
+    def experts(self) -> tuple[ExpertRow, ...]:
+        """Every edge expert, by name."""
+        ...
+
+    def put_expert(self, row: ExpertRow) -> None:
+        """Note an expert, in place of one of its name."""
+        ...
+
+    def put_measured(self, name: str, measured: bytes) -> None:
+        """Note what was measured of an expert; an unknown one is no error."""
+        ...
+
+    def remove_expert(self, name: str) -> None:
+        """Forget an expert; an unknown one is no error."""
+        ...
+
+    def budgets(self) -> tuple[BudgetRow, ...]:
+        """What every class of requests may cost, by name."""
+        ...
+
+    def put_budget(self, row: BudgetRow) -> None:
+        """Note a budget, in place of one of its name."""
+        ...
+
+    def remove_budget(self, name: str) -> None:
+        """Forget a budget; an unknown one is no error."""
+        ...
+
+    def quality_profile(self) -> bytes:
+        """The gates' latest view of the experts, serialized QualityProfile; empty before the first."""
+        ...
+
+    def put_quality_profile(self, profile: bytes) -> None:
+        """Note it in place of the one before."""
+        ...
+
+    def routes(self, manifest_digest: str) -> bytes:
+        """What was reported of a mixture's routes, a serialized RouteReport; b"" where nothing was."""
+        ...
+
+    def put_routes(self, manifest_digest: str, report: bytes) -> None:
+        """Note routes, in place of those before."""
         ...
 
     def close(self) -> None:

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from ganglion.coordinator.registry.interface import (
+    BudgetRow,
     DeploymentRow,
     DeviceRow,
+    ExpertRow,
     LinkRow,
     TokenRow,
     pending_full,
@@ -26,6 +28,10 @@ class MemoryRegistry:
         self._tokens: dict[str, TokenRow] = {}
         self._deployments: dict[str, DeploymentRow] = {}
         self._links: dict[tuple[str, str], LinkRow] = {}
+        self._experts: dict[str, ExpertRow] = {}
+        self._budgets: dict[str, BudgetRow] = {}
+        self._quality_profile = b""
+        self._routes: dict[str, bytes] = {}
 
     def device(self, node_id: str) -> DeviceRow:
         """See Registry."""
@@ -171,6 +177,60 @@ class MemoryRegistry:
         with self._lock:
             for row in rows:
                 self._links[row.source, row.target] = row
+
+    def experts(self) -> tuple[ExpertRow, ...]:
+        """See Registry."""
+        with self._lock:
+            return tuple(self._experts[name] for name in sorted(self._experts))
+
+    def put_expert(self, row: ExpertRow) -> None:
+        """See Registry."""
+        with self._lock:
+            self._experts[row.name] = row
+
+    def put_measured(self, name: str, measured: bytes) -> None:
+        """See Registry."""
+        with self._lock:
+            if name in self._experts:
+                self._experts[name] = replace(self._experts[name], measured=measured)
+
+    def remove_expert(self, name: str) -> None:
+        """See Registry."""
+        with self._lock:
+            self._experts.pop(name, None)
+
+    def budgets(self) -> tuple[BudgetRow, ...]:
+        """See Registry."""
+        with self._lock:
+            return tuple(self._budgets[name] for name in sorted(self._budgets))
+
+    def put_budget(self, row: BudgetRow) -> None:
+        """See Registry."""
+        with self._lock:
+            self._budgets[row.name] = row
+
+    def remove_budget(self, name: str) -> None:
+        """See Registry."""
+        with self._lock:
+            self._budgets.pop(name, None)
+
+    def quality_profile(self) -> bytes:
+        """See Registry."""
+        return self._quality_profile
+
+    def put_quality_profile(self, profile: bytes) -> None:
+        """See Registry."""
+        self._quality_profile = profile
+
+    def routes(self, manifest_digest: str) -> bytes:
+        """See Registry."""
+        with self._lock:
+            return self._routes.get(manifest_digest, b"")
+
+    def put_routes(self, manifest_digest: str, report: bytes) -> None:
+        """See Registry."""
+        with self._lock:
+            self._routes[manifest_digest] = report
 
     def close(self) -> None:
         """See Registry."""

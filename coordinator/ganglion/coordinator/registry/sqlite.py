@@ -12,8 +12,10 @@ from typing import Any, Final
 import msgspec
 
 from ganglion.coordinator.registry.interface import (
+    BudgetRow,
     DeploymentRow,
     DeviceRow,
+    ExpertRow,
     LinkRow,
     TokenRow,
     pending_full,
@@ -21,7 +23,7 @@ from ganglion.coordinator.registry.interface import (
 )
 from ganglion.wire.errors import Conflict, Corrupt, NotFound, PermissionDenied, Unsupported
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 _BUSY_S: Final = 10.0
 
 _SCHEMA: Final = """
@@ -40,6 +42,12 @@ CREATE TABLE links (
     source TEXT NOT NULL, target TEXT NOT NULL, reachable INTEGER NOT NULL, rtt_s REAL NOT NULL,
     bytes_per_s REAL NOT NULL, PRIMARY KEY (source, target)) STRICT;
 """
+_SELECTION: Final = """
+CREATE TABLE routes (manifest_digest TEXT PRIMARY KEY, report BLOB NOT NULL) STRICT;
+CREATE TABLE experts (name TEXT PRIMARY KEY, spec BLOB NOT NULL, measured BLOB NOT NULL) STRICT;
+CREATE TABLE budgets (name TEXT PRIMARY KEY, budget BLOB NOT NULL) STRICT;
+CREATE TABLE quality_profile (only INTEGER PRIMARY KEY CHECK (only = 1), profile BLOB NOT NULL) STRICT;
+"""
 _DEVICE: Final = "node_id, name, role, label, record, standing, certificate_serial, seen_unix_s"
 _DEVICE_AGAIN: Final = (
     "ON CONFLICT (node_id) DO UPDATE SET name = excluded.name, role = excluded.role, label = excluded.label, "
@@ -51,7 +59,7 @@ _DEPLOYMENT: Final = (
     "deployment, model, manifest_digest, manifest, options, holder, epoch, devices, created_unix_s, drafter"
 )
 # What an older schema lacks, by its version.
-_UPGRADES: Final = {1: "ALTER TABLE deployments ADD COLUMN drafter BLOB NOT NULL DEFAULT x''"}
+_UPGRADES: Final = {1: "ALTER TABLE deployments ADD COLUMN drafter BLOB NOT NULL DEFAULT x''", 2: _SELECTION}
 _NODE_IDS: Final = msgspec.json.Decoder(tuple[str, ...])
 
 
@@ -82,11 +90,10 @@ class SqliteRegistry:
         with self._transaction() as database:
             (version,) = database.execute("PRAGMA user_version").fetchone()
             if version == 0:
-                for statement in filter(str.strip, _SCHEMA.split(";")):
-                    database.execute(statement)
+                _execute_all(database, _SCHEMA + _SELECTION)
                 database.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             while version in _UPGRADES:
-                database.execute(_UPGRADES[version])
+                _execute_all(database, _UPGRADES[version])
                 version += 1
                 database.execute(f"PRAGMA user_version = {version}")
             if version not in {0, SCHEMA_VERSION}:
@@ -309,10 +316,71 @@ class SqliteRegistry:
                 [(row.source, row.target, int(row.reachable), row.rtt_s, row.bytes_per_s) for row in rows],
             )
 
+    def experts(self) -> tuple[ExpertRow, ...]:
+        """See Registry."""
+        rows = self._all("SELECT name, spec, measured FROM experts ORDER BY name")
+        return tuple(ExpertRow(name=name, spec=spec, measured=measured) for name, spec, measured in rows)
+
+    def put_expert(self, row: ExpertRow) -> None:
+        """See Registry."""
+        with self._transaction() as database:
+            database.execute("INSERT OR REPLACE INTO experts VALUES (?, ?, ?)", (row.name, row.spec, row.measured))
+
+    def put_measured(self, name: str, measured: bytes) -> None:
+        """See Registry."""
+        with self._transaction() as database:
+            database.execute("UPDATE experts SET measured = ? WHERE name = ?", (measured, name))
+
+    def remove_expert(self, name: str) -> None:
+        """See Registry."""
+        with self._transaction() as database:
+            database.execute("DELETE FROM experts WHERE name = ?", (name,))
+
+    def budgets(self) -> tuple[BudgetRow, ...]:
+        """See Registry."""
+        rows = self._all("SELECT name, budget FROM budgets ORDER BY name")
+        return tuple(BudgetRow(name=name, budget=budget) for name, budget in rows)
+
+    def put_budget(self, row: BudgetRow) -> None:
+        """See Registry."""
+        with self._transaction() as database:
+            database.execute("INSERT OR REPLACE INTO budgets VALUES (?, ?)", (row.name, row.budget))
+
+    def remove_budget(self, name: str) -> None:
+        """See Registry."""
+        with self._transaction() as database:
+            database.execute("DELETE FROM budgets WHERE name = ?", (name,))
+
+    def quality_profile(self) -> bytes:
+        """See Registry."""
+        rows = self._all("SELECT profile FROM quality_profile")
+        return bytes(rows[0][0]) if rows else b""
+
+    def put_quality_profile(self, profile: bytes) -> None:
+        """See Registry."""
+        with self._transaction() as database:
+            database.execute("INSERT OR REPLACE INTO quality_profile VALUES (1, ?)", (profile,))
+
+    def routes(self, manifest_digest: str) -> bytes:
+        """See Registry."""
+        rows = self._all("SELECT report FROM routes WHERE manifest_digest = ?", manifest_digest)
+        return bytes(rows[0][0]) if rows else b""
+
+    def put_routes(self, manifest_digest: str, report: bytes) -> None:
+        """See Registry."""
+        with self._transaction():
+            self._all("INSERT OR REPLACE INTO routes (manifest_digest, report) VALUES (?, ?)", manifest_digest, report)
+
     def close(self) -> None:
         """See Registry."""
         with self._lock:
             self._database.close()
+
+
+def _execute_all(database: sqlite3.Connection, statements: str) -> None:
+    """One by one: sqlite3's executescript would end the transaction."""
+    for statement in filter(str.strip, statements.split(";")):
+        database.execute(statement)
 
 
 def _damaged(path: Path, verdict: str) -> Corrupt:
