@@ -344,11 +344,14 @@ class Coordinator(admin_pb2_grpc.AdminServicer):
         self.identity = identity
         self.fleet = admin_pb2.Fleetwide()
         self._watchers: set[asyncio.Queue[admin_pb2.Fleetwide]] = set()
+        self.selecting: Callable[[admin_pb2.Budget], admin_pb2.Selection] = lambda _: admin_pb2.Selection()
+        self.asked: list[admin_pb2.Budget] = []
+        self.reports: list[admin_pb2.OutcomeReport] = []
         self.port = 0
         self.bound: rpc.BoundServer | None = None
 
     async def start(self) -> None:
-        names = ("Admin/Greet", "Admin/Watch")
+        names = ("Admin/Greet", "Admin/Watch", "Admin/Select", "Admin/Report")
         roles = frozenset({Role.GATEWAY})
         self.bound = rpc.server(
             self.identity,
@@ -366,13 +369,21 @@ class Coordinator(admin_pb2_grpc.AdminServicer):
         assert self.bound is not None
         await self.bound.stop()
 
-    def say(self, *states: admin_pb2.DeploymentState) -> None:
-        self.fleet = admin_pb2.Fleetwide(deployments=states)
+    def say(self, *states: admin_pb2.DeploymentState, **more: Any) -> None:
+        self.fleet = admin_pb2.Fleetwide(deployments=states, **more)
         for watcher in self._watchers:
             watcher.put_nowait(self.fleet)
 
     async def Greet(self, *_: Any) -> identity_pb2.Hello:  # noqa: N802
         return rpc.hello()
+
+    async def Select(self, request: admin_pb2.SelectRequest, _: Any) -> admin_pb2.Selection:  # noqa: N802
+        self.asked.append(request.budget)
+        return self.selecting(request.budget)
+
+    async def Report(self, request: admin_pb2.OutcomeReport, _: Any) -> admin_pb2.ReportReply:  # noqa: N802
+        self.reports.append(request)
+        return admin_pb2.ReportReply()
 
     async def Watch(self, *_: Any) -> AsyncIterator[admin_pb2.Fleetwide]:  # noqa: N802
         queue: asyncio.Queue[admin_pb2.Fleetwide] = asyncio.Queue()

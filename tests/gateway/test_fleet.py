@@ -358,10 +358,10 @@ async def test_defects_are_logged_without_their_text(
     def broken(*_: Any) -> None:
         raise RuntimeError("-".join(("canary", "7351")))  # the line of code itself may be logged
 
-    monkeypatch.setattr("ganglion.gateway.service.chat_variables", broken)
+    monkeypatch.setattr("ganglion.gateway.preparing.chat_variables", broken)
     with pytest.raises(openai.InternalServerError, match="internal error"):
         await ask(api)
     seen = "\n".join(logging.Formatter("%(message)s").format(record) for record in caplog.records)
     assert "RuntimeError" in seen
-    assert "service.py" in seen
+    assert "preparing.py" in seen
     assert "canary-7351" not in seen

@@ -46,12 +46,14 @@ def timings(ends: Sequence[Ended]) -> Json:
 
 
 def marks(ends: Sequence[Ended]) -> Json:
-    """`ganglion`: what a device drew alone, and how was drafted; {} where neither was."""
+    """`ganglion`: what a device drew alone, how was drafted, which edge experts answered; {} where nothing was."""
     local = sum(end.local_tokens for end in ends)
     found = speculation(ends)
-    if not local and not found:
+    experts = next((dict(end.experts) for end in ends if end.experts), None)
+    if not local and not found and experts is None:
         return {}
-    return {"ganglion": {"local_tokens": local, **({"speculation": found} if found else {})}}
+    account: Json = {"local_tokens": local, **({"speculation": found} if found else {})}
+    return {"ganglion": account if experts is None else account | {"experts": experts}}
 
 
 def speculation(ends: Sequence[Ended]) -> Json:
@@ -99,12 +101,13 @@ class Answer:
 class Writer(ABC):
     """What both kinds of answers share. `logprobs`: -1 none, else how many alternatives.
 
+    `tokenizer`: None of several models, whose tokens are not one another's: without log-probabilities then.
     `token_ids`: of the answer are wanted; `timings`: the lead's account is wanted beside the usage. `local_class`: the
     numeric class of what a device draws alone.
     """
 
     model: str
-    tokenizer: ModelTokenizer
+    tokenizer: ModelTokenizer | None
     logprobs: int
     include_usage: bool = False
     token_ids: bool = False
@@ -236,22 +239,19 @@ class ChatWriter(Writer):
         return self._chunk(index, {"delta": delta, "logprobs": logprobs, "finish_reason": reason}, more)
 
     def _logprobs(self, tokens: Sequence[Placed]) -> Json | None:
-        if self.logprobs < 0:
+        if self.logprobs < 0 or self.tokenizer is None:
             return None
-        return {"content": [self._entry(placed) for placed in tokens], "refusal": None}
+        spell = self.tokenizer.token_bytes
+        return {"content": [self._entry(placed, spell) for placed in tokens], "refusal": None}
 
-    def _entry(self, placed: Placed) -> Json:
+    def _entry(self, placed: Placed, spell: Callable[[int], bytes]) -> Json:
         drawn = placed.drawn
-        top = [self._token(other.token, other.logprob) for other in drawn.top[: self.logprobs]]
-        return {**self._token(drawn.token, drawn.logprob), "top_logprobs": top}
+        top = [_token(spell(other.token), other.logprob) for other in drawn.top[: self.logprobs]]
+        return {**_token(spell(drawn.token), drawn.logprob), "top_logprobs": top}
 
-    def _token(self, token: int, logprob: float | None) -> Json:
-        content = self.tokenizer.token_bytes(token)
-        return {
-            "token": content.decode("utf-8", "replace"),
-            "logprob": _finite(logprob),
-            "bytes": list(content),
-        }
+
+def _token(content: bytes, logprob: float | None) -> Json:
+    return {"token": content.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(content)}
 
 
 def _local(delta: Delta) -> Json:
@@ -326,7 +326,7 @@ class CompletionWriter(Writer):
         return self._chunk(index, choice | self._ids(ids), more)
 
     def _logprobs(self, tokens: Sequence[Placed]) -> Json | None:
-        if self.logprobs < 0:
+        if self.logprobs < 0 or self.tokenizer is None:
             return None
         name = self.tokenizer.token_text
         return {

@@ -65,13 +65,12 @@ class Api:
 
     async def models(self, _: Request) -> Response:
         """GET /v1/models: those that can be used or will be."""
-        names = dict.fromkeys(route.model for route in self._service.deployments.routes)
-        return JSONBody({"object": "list", "data": [self._model(name) for name in names]})
+        return JSONBody({"object": "list", "data": [self._model(name) for name in self._service.models]})
 
     async def model(self, request: Request) -> Response:
         """GET /v1/models/{id}."""
         name = request.path_params["model"]
-        names = sorted({route.model for route in self._service.deployments.routes})
+        names = sorted(self._service.models)
         if name not in names:
             there = ", ".join(names) or "none"
             raise NotFound(f"no model is called {name[:128]!r}; there are: {there}", param="model")
@@ -99,8 +98,8 @@ class Api:
         return await unless_gone(request.receive, self._whole(answering))
 
     async def _whole(self, answering: Answering) -> Response:
-        answers = [Answer() for _ in answering.requests]
-        async with aclosing(self._service.parts(answering)) as parts:
+        answers = [Answer() for _ in range(answering.choices)]
+        async with aclosing(answering.parts()) as parts:
             async for index, part in parts:
                 if isinstance(part, Began):
                     answering.writer.fingerprint = fingerprint(part.numeric_class)
@@ -114,7 +113,7 @@ class Api:
 
     async def _stream(self, request: Request, answering: Answering) -> Response:
         """The response, as soon as the lead has taken the session: until then a failure has a status of its own."""
-        pump = Pump(self._service.parts(answering))
+        pump = Pump(answering.parts())
         try:
             first = await unless_gone(request.receive, pump.next())
         except BaseException:
@@ -127,14 +126,14 @@ async def _chunks(item: Numbered | None, pump: Pump, answering: Answering) -> As
     writer = answering.writer
     if item is not None and isinstance(item[1], Began):
         writer.fingerprint = fingerprint(item[1].numeric_class)
-    for chunk in writer.first(len(answering.requests)):
+    for chunk in writer.first(answering.choices):
         yield chunk
     ends: list[Ended] = []
     while item is not None:
         index, part = item
         if isinstance(part, Ended):
             ends.append(part)
-            if len(ends) == len(answering.requests):
+            if len(ends) == answering.choices:
                 writer.drawn(ends)
             for chunk in writer.last(index, part):
                 yield chunk

@@ -60,7 +60,8 @@ class Route:
     `drafts_for`: the model that it drafts for. `hybrid`: a drafting deployment as the way to that model, which
     verifies; `local_class`: the numeric class of what its lead draws alone.
     `refusal` says why it is not used though the coordinator calls it ready. `context`: tokens of a session, prompt and
-    answer; 0 while there is no plan. `holders`: verified piece services.
+    answer; 0 while there is no plan. `holders`: verified piece services. `owned`: every device that computes is one of
+    the owner's, by records that the owner signed; which devices these are is the coordinator's word.
     """
 
     deployment: str
@@ -78,6 +79,7 @@ class Route:
     hybrid: bool = False
     local_class: str = ""
     lead_id: str = ""
+    owned: bool = False
 
     @property
     def usable(self) -> bool:
@@ -109,6 +111,8 @@ class Deployments:
         self._targets: dict[str, _Target] = {}  # what was last known of models that are drafted for
         self._facts: dict[str, ModelFacts] = {}
         self._routes: tuple[Route, ...] = ()
+        self._labels: dict[bytes, str] = {}  # of records: the node id where it is an agent labelled owner, else ""
+        self._owners: frozenset[str] = frozenset()
         self._heard = False
 
     @property
@@ -124,6 +128,7 @@ class Deployments:
     def update(self, fleet: admin_pb2.Fleetwide) -> frozenset[tuple[str, int]]:
         """Take the state of the fleet; the keys (deployment, epoch) whose sessions have ended because of it."""
         before = {route.key for route in self._routes if route.usable}
+        self._owners = self._owned(fleet.devices)
         routes = [self._route(state) for state in fleet.deployments]
         wanted = [route for route in routes if route.phase is not Phase.STOPPED]
         wanted += self._hybrids(wanted)
@@ -174,6 +179,7 @@ class Deployments:
                     holders=(*route.holders, *(known.holders if known is not None else ())),
                     drafts_for="",
                     hybrid=True,
+                    owned=False,  # what verifies may be somebody else's server
                 )
             )
         return found
@@ -183,6 +189,7 @@ class Deployments:
 
     def _route(self, state: admin_pb2.DeploymentState) -> Route:
         facts, context, refusal, numeric, lead_id = None, 0, None, "", ""
+        devices: frozenset[str] = frozenset()
         lead = state.lead if state.HasField("lead") else None
         phase = _PHASES.get(state.phase, Phase.UNKNOWN)
         try:
@@ -191,6 +198,7 @@ class Deployments:
             if state.plan:
                 plan = from_json(Plan, state.plan, limit_bytes=PLAN_BYTES)
                 context, numeric = plan.context, plan.numeric_class.name
+                devices = frozenset(share.device for stage in plan.stages for share in stage.shares)
             if phase is Phase.READY:
                 lead_id = self._check_lead(lead)
                 if facts is None or not context:
@@ -211,6 +219,7 @@ class Deployments:
             refusal=refusal,
             drafts_for=state.drafts_for,
             lead_id=lead_id,
+            owned=bool(lead_id) and devices <= self._owners | {lead_id},
             local_class=numeric if state.drafts_for else "",
         )
 
@@ -239,6 +248,23 @@ class Deployments:
                 f"(ganglion device trust)"
             )
         return record.node_id
+
+    def _owned(self, devices: Sequence[admin_pb2.DeviceState]) -> frozenset[str]:
+        """Node ids of agents that the owner's key calls the owner's; each record is verified once."""
+        records = [state.record.SerializeToString(deterministic=True) for state in devices if state.HasField("record")]
+        signed = [state.record for state in devices if state.HasField("record")]
+        self._labels = {
+            record: self._labels[record] if record in self._labels else self._owner_of(parsed)
+            for record, parsed in zip(records, signed, strict=True)
+        }
+        return frozenset(node for node in self._labels.values() if node)
+
+    def _owner_of(self, signed: identity_pb2.SignedRecord) -> str:
+        try:
+            record = self._verify(signed)
+        except GanglionError:
+            return ""
+        return record.node_id if record.role is Role.AGENT and record.label is TrustLabel.OWNER else ""
 
     def _is_ours(self, peer: identity_pb2.Peer) -> bool:
         try:

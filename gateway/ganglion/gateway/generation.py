@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from ganglion.gateway.deployments import Route
 from ganglion.gateway.metrics import Metrics
@@ -52,7 +52,7 @@ class Ended:
     """The answer is complete; `reason` is OpenAI's finish_reason. `cached_tokens`: of the prompt, not run again.
 
     timings, speculation: the lead's account where it gave one. local_tokens: of the answer, drawn by a device's own
-    model while the one that was asked was away.
+    model while the one that was asked was away. experts: of edge experts, which were asked and what became of them.
     """
 
     reason: str
@@ -62,6 +62,7 @@ class Ended:
     timings: lane_pb2.Timings | None = None
     local_tokens: int = 0
     speculation: lane_pb2.Speculation | None = None
+    experts: Mapping[str, Any] | None = None
 
 
 Part = Began | Delta | Ended

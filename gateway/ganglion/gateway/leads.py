@@ -8,7 +8,7 @@ from contextlib import aclosing
 
 from ganglion.proto import identity_pb2, lane_pb2
 from ganglion.wire.identity import Identity
-from ganglion.wire.session import SessionClient
+from ganglion.wire.session import Opened, SessionClient
 
 _Key = tuple[str, int, str]  # deployment, epoch, address
 
@@ -25,13 +25,20 @@ class LeadClients:
         self, deployment: str, epoch: int, peer: identity_pb2.Peer, request: lane_pb2.Open
     ) -> AsyncGenerator[lane_pb2.SessionEvent, None]:
         """The events of one session; closing the generator cancels it. Raises errors of the tree."""
+        async with aclosing(self._client(deployment, epoch, peer).run(request)) as events:
+            async for event in events:
+                yield event
+
+    async def open(self, deployment: str, epoch: int, peer: identity_pb2.Peer, request: lane_pb2.Open) -> Opened:
+        """A session that hears its client while it runs; to be closed. Raises errors of the tree."""
+        return await self._client(deployment, epoch, peer).open(request)
+
+    def _client(self, deployment: str, epoch: int, peer: identity_pb2.Peer) -> SessionClient:
         key = (deployment, epoch, peer.address)
         client = self._clients.get(key)
         if client is None:
             client = self._clients[key] = SessionClient(self._identity, peer, deployment, epoch)
-        async with aclosing(client.run(request)) as events:
-            async for event in events:
-                yield event
+        return client
 
     def keep(self, keys: Iterable[_Key]) -> None:
         """Close every channel whose key is not among `keys`."""

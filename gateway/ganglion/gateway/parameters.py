@@ -22,6 +22,7 @@ TOKENS_MAX = 1 << 31
 CHOICES = 8  # of one request
 LOGIT_BIASES = 1024
 TOOLS = 128
+EXPERT_ANSWERS = 32  # of one request to edge experts
 CHOICE_STRINGS = 1024  # of a structured output
 GRAMMAR_CHARACTERS = 64 << 10  # of a regular expression or a grammar that a client sends
 
@@ -64,6 +65,18 @@ class StructuredOutputs(Edge):
     grammar: Pattern | None = None
 
 
+class Experts(Edge):
+    """Of a request to edge experts: what it has otherwise than its class. `n`: answers, of which one is kept."""
+
+    class_: Annotated[str | None, Field(alias="class", pattern=r"^[a-z0-9][a-z0-9-]{0,30}$")] = None
+    combine: Literal["best", "vote", "rerank", "blend"] | None = None
+    latency_s: Annotated[float, Field(gt=0, le=3600)] | None = None
+    energy_j: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    most: Annotated[int, Field(ge=1, le=64)] | None = None
+    n: Annotated[int, Field(ge=1, le=EXPERT_ANSWERS)] | Literal["auto"] | None = None
+    private: bool | None = None
+
+
 class Common(Edge):
     """What both endpoints share; defaults are OpenAI's, and 0 (or 1 for top_p) switches a filter off."""
 
@@ -90,6 +103,7 @@ class Common(Edge):
     guided_grammar: Pattern | None = None
     ignore_eos: bool = False
     away: Literal["wait", "local", "fail"] | None = None
+    experts: Experts | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -15,12 +15,15 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ganglion.gateway.app import make_app
 from ganglion.gateway.deployments import Deployments
+from ganglion.gateway.experts.opening import open_room
+from ganglion.gateway.experts.table import ExpertTable
 from ganglion.gateway.generation import Sessions
 from ganglion.gateway.guard import Guard, is_loopback
 from ganglion.gateway.keys import KeyRing, create_key, list_keys
 from ganglion.gateway.leads import LeadClients
 from ganglion.gateway.metrics import Metrics
 from ganglion.gateway.pieces import Tokenizers
+from ganglion.gateway.preparing import Preparer
 from ganglion.gateway.service import Service
 from ganglion.gateway.templates import TemplateRenderer
 from ganglion.gateway.watch import CoordinatorLink
@@ -125,8 +128,10 @@ async def _parts(home: Home, identity: Identity, coordinator: str, prefers: str)
     tokenizers = Tokenizers(home, identity)
     templates = TemplateRenderer()
     deployments = Deployments(lambda record: verify_record(record, identity.owner_public_key), prefers)
+    preparer, experts = Preparer(deployments, tokenizers, templates), ExpertTable()
 
     def on_fleet(fleet: admin_pb2.Fleetwide) -> None:
+        experts.update(fleet)
         sessions.end(deployments.update(fleet))
         usable = [route for route in deployments.routes if route.usable]
         leads.keep((*route.key, route.lead.address) for route in usable if route.lead is not None)
@@ -139,14 +144,18 @@ async def _parts(home: Home, identity: Identity, coordinator: str, prefers: str)
     following = asyncio.create_task(link.run())
     warming = asyncio.create_task(templates.warm())
     try:
-        yield Service(
-            link=link,
-            deployments=deployments,
-            tokenizers=tokenizers,
-            templates=templates,
-            sessions=sessions,
-            metrics=metrics,
-        )
+        async with open_room(
+            home, link, deployments, preparer=preparer, sessions=sessions, leads=leads, table=experts
+        ) as room:
+            yield Service(
+                link=link,
+                deployments=deployments,
+                tokenizers=tokenizers,
+                preparer=preparer,
+                sessions=sessions,
+                experts=room,
+                metrics=metrics,
+            )
     finally:
         for task in (following, warming):
             task.cancel()

@@ -7,17 +7,19 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 
 from ganglion.proto import admin_pb2, admin_pb2_grpc
 from ganglion.wire import rpc
-from ganglion.wire.errors import GanglionError
+from ganglion.wire.errors import GanglionError, Unavailable
 from ganglion.wire.identity import Identity
 from ganglion.wire.limits import CONNECT_S
 
 BACKOFF_FIRST_S = 0.2
 BACKOFF_MOST_S = 5.0
+ASK_S = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +36,31 @@ class CoordinatorLink:
         self.trouble = "not reached yet"
         self._identity = identity
         self._on_fleet = on_fleet
+        self._stub: admin_pb2_grpc.AdminStub | None = None  # while the coordinator is followed
+
+    async def select(self, budget: admin_pb2.Budget) -> admin_pb2.Selection:
+        """The subset of edge experts for a budget of one's own; raises Unavailable and what the coordinator says."""
+        found: admin_pb2.Selection = await self._asked("Select", admin_pb2.SelectRequest(budget=budget))
+        return found
+
+    async def report(self, report: admin_pb2.OutcomeReport) -> None:
+        """Tell what was measured of edge experts; raises Unavailable and what the coordinator says."""
+        await self._asked("Report", report)
+
+    async def _asked(self, name: str, request: Any) -> Any:
+        stub = self._stub
+        if stub is None:
+            raise Unavailable(f"the coordinator at {self.address} is away ({self.trouble}); try again later")
+        try:
+            return await getattr(stub, name)(request, timeout=ASK_S)
+        except grpc.RpcError as error:
+            raise rpc.to_error(error, self.address) from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # A channel that is closed cancels its calls, and with them whoever awaits one.
+            raise Unavailable(f"the coordinator at {self.address} went away; try again later") from None
 
     async def run(self) -> None:
         """Follow until cancelled."""
@@ -61,8 +88,12 @@ class CoordinatorLink:
             stub = admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
             async with asyncio.timeout(CONNECT_S):
                 rpc.check_hello(await stub.Greet(rpc.hello()))
-            async for fleet in stub.Watch(admin_pb2.WatchRequest()):
-                if not self.connected:
-                    _log.info("following the coordinator at %s", self.address)
-                self.connected, self.trouble = True, ""
-                self._on_fleet(fleet)
+            self._stub = stub
+            try:
+                async for fleet in stub.Watch(admin_pb2.WatchRequest()):
+                    if not self.connected:
+                        _log.info("following the coordinator at %s", self.address)
+                    self.connected, self.trouble = True, ""
+                    self._on_fleet(fleet)
+            finally:
+                self._stub = None
