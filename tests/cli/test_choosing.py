@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 from checkpoints import make_llama
+from mixture_shapes import SHAPES, make_mixture
 
-from ganglion.cli import choosing
+from ganglion.cli import choosing, describing
 from ganglion.cli.choosing import alive_devices, decide
 from ganglion.cli.deploying import Wish, cut
+from ganglion.cli.shelf import find_cut
 from ganglion.cli.sourcing import Source
 from ganglion.proto import admin_pb2, identity_pb2
 from ganglion.wire.errors import InvalidRequest
@@ -78,3 +80,32 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
         Wish.of(weights="int4", workload="batch", **OPTIONS)
     with pytest.raises(InvalidRequest, match="auto chooses by what was measured"):
         cut(tmp_path, tmp_path, Source(tmp_path, "x", "x"), wish=Wish.weights_only("auto", fast=False))
+
+
+def test_how_experts_are_cut_is_part_of_the_cut(tmp_path: Path) -> None:
+    checkpoint = make_mixture(tmp_path / "model", SHAPES["olmoe"])
+    source = Source(checkpoint, "small", "x")
+    (tmp_path / "agents" / "desk" / "store").mkdir(parents=True)
+    home = tmp_path / "agents" / "desk"
+    columns, whole, again = (
+        cut(tmp_path, home, source, wish=Wish.weights_only("fp32", fast=False, experts=experts))
+        for experts in (None, "whole", "whole")
+    )
+    assert whole == again != columns
+    assert [{one.axis for layer in each.layers for one in layer.segments} for each in (columns, whole)] == [
+        {"heads", "columns"},
+        {"heads", "experts"},
+    ]
+    asked = Wish.of(weights="fp32", **OPTIONS | {"mode": "expert"})
+    assert (asked.experts, asked.accepts_cut(whole), asked.accepts_cut(columns)) == ("whole", True, False)
+    assert Wish.of(weights="fp32", experts="columns", **OPTIONS).accepts_cut(columns)
+    assert Wish.of(weights="fp32", **OPTIONS).accepts_cut(whole)
+    splits = [describing.cut_document(each, None)["splits"] for each in find_cut(tmp_path, "small")]
+    assert {"expert": 9, "pipeline": 2} in splits
+    with pytest.raises(InvalidRequest, match="--mode expert runs whole experts, but --experts columns"):
+        Wish.of(weights="fp32", experts="columns", **OPTIONS | {"mode": "expert"})
+    with pytest.raises(InvalidRequest, match="--experts 'rows': it is columns or whole"):
+        Wish.of(weights=None, experts="rows", **OPTIONS)
+    dense = Source(make_llama(tmp_path / "dense"), "dense", "x")
+    with pytest.raises(InvalidRequest, match="llama has no experts to cut whole; leave --experts out"):
+        cut(tmp_path, home, dense, wish=Wish.weights_only("fp32", fast=False, experts="whole"))

@@ -88,7 +88,7 @@ def test_the_document_of_a_deployment() -> None:
     assert (row["phase"], row["numeric_class"], row["mode"], row["lead"]) == ("ready", "fp32-exact", "tensor", "desk")
     assert row["shards"][1] == {
         "device": "lap", "node_id": OTHER, "layers": [0, 2], "heads": [1, 2], "columns": [10, 16], "vocab": [3, 4],
-        "threads": 2,
+        "experts": 0, "threads": 2,
     }  # fmt: skip
     assert views.deployment_cells(row) == [
         "demo", "ready", "fp32-exact", "tensor", "desk, lap", "-", "256", "1", "3", "-",

@@ -77,6 +77,22 @@ class Admin:
         """Take a device's right to be here."""
         return await self._call(self._stub.Revoke(admin_pb2.RevokeRequest(node_id=node_id)))
 
+    async def put_expert(self, spec: admin_pb2.ExpertSpec) -> admin_pb2.ExpertState:
+        """Add an expert, or change one."""
+        return await self._call(self._stub.PutExpert(admin_pb2.PutExpertRequest(spec=spec)))
+
+    async def remove_expert(self, name: str) -> None:
+        """Forget an expert."""
+        await self._call(self._stub.RemoveExpert(admin_pb2.RemoveExpertRequest(name=name)))
+
+    async def put_budget(self, budget: admin_pb2.Budget) -> admin_pb2.Selection:
+        """Set what a class of requests may cost; the subset chosen for it."""
+        return await self._call(self._stub.PutBudget(admin_pb2.PutBudgetRequest(budget=budget)))
+
+    async def remove_budget(self, name: str) -> None:
+        """Forget a class of requests."""
+        await self._call(self._stub.RemoveBudget(admin_pb2.RemoveBudgetRequest(name=name)))
+
     async def greet(self) -> None:
         """Say hello; raises Unsupported when the releases do not work together."""
         check_hello(await self._call(self._stub.Greet(hello())))

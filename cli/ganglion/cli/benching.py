@@ -18,6 +18,8 @@ from ganglion.cli.options import (
     ApiOption,
     ContextOption,
     DevicesOption,
+    ExpertMemoryOption,
+    ExpertsOption,
     FastOption,
     FormatOption,
     ForOption,
@@ -97,6 +99,8 @@ async def bench(
     weights: FormatOption = None,
     workload: ForOption = None,
     fast: FastOption = False,
+    experts: ExpertsOption = None,
+    expert_memory: ExpertMemoryOption = None,
     mode: ModeOption = "auto",
     devices: DevicesOption = "",
     shares: SharesOption = "",
@@ -126,6 +130,7 @@ async def bench(
     wish = Wish.of(
         weights=weights, workload=workload, fast=fast, mode=mode, devices=devices, shares=shares, topology=topology,
         payload=payload, context=context, sessions=sessions, prefix_tokens=prefix_tokens, private=private,
+        experts=experts, expert_memory=expert_memory,
     )  # fmt: skip
     root = root_of(home)
     base = require_api(root, api)

@@ -25,6 +25,7 @@ READY: Final = admin_pb2.DEPLOYMENT_PHASE_READY
 FAILED: Final = admin_pb2.DEPLOYMENT_PHASE_FAILED
 SMALL_CHECKPOINT_BYTES: Final = 256 << 20  # up to here fp32 costs neither memory nor time worth the rounding
 EARLY: Final = "early:"
+EXPERTS: Final = ("columns", "whole")
 STOPPED: Final = admin_pb2.DEPLOYMENT_PHASE_STOPPED
 
 
@@ -33,6 +34,7 @@ class Wish:
     """What a person asked of a deployment; `weights` None and default options: whatever is deployed will do.
 
     block, rules: of the cut, where the format's usual block and the class's own formats are not what was asked for.
+    experts: how a mixture is cut, "columns" or "whole"; None: as it is cut, else by columns.
     drafter: the model that is to guess where this one runs, as a person names it; other kinds are in the options.
     workload: what the format "auto" is chosen for; reason: why it was, once it is.
     """
@@ -45,6 +47,7 @@ class Wish:
     drafter: str = ""
     workload: str = "chat"
     reason: str = ""
+    experts: str | None = None
 
     @classmethod
     def of(
@@ -64,6 +67,8 @@ class Wish:
         private: bool,
         drafter: str | None = None,
         window: int = 0,
+        experts: str | None = None,
+        expert_memory: str | None = None,
     ) -> Wish:
         """From a command's options. Raises InvalidRequest naming the option."""
         names = tuple(name.strip() for name in devices.split(",") if name.strip())
@@ -81,6 +86,7 @@ class Wish:
             "mode": mode, "devices": names, "shares": parts, "topology": topology,
             "payload": payload, "context": context, "sessions": sessions,
             "prefix_tokens": prefix_tokens, "private": private, "window_tokens": window,
+            "expert_memory_bytes": _expert_memory(expert_memory),
         }  # fmt: skip
         known = drafter in (None, "none", "ngram") or str(drafter).startswith(EARLY)
         document["drafter"] = ("" if drafter == "none" else drafter or "") if known else "model"
@@ -88,12 +94,24 @@ class Wish:
             raise InvalidRequest(f"--for {workload} chooses the format, but --format {weights} was asked", param="for")
         weights = "auto" if workload is not None else weights
         options = _plan_options(document)
-        return cls(_format(weights), fast, options, drafter="" if known else drafter or "", workload=workload or "chat")
+        if mode == "expert" or expert_memory is not None:
+            if experts == "columns":
+                given = "--mode expert runs" if mode == "expert" else "--expert-memory reads"
+                raise InvalidRequest(f"{given} whole experts, but --experts columns was asked", param="experts")
+            experts = "whole"
+        return cls(
+            _format(weights),
+            fast,
+            options,
+            drafter="" if known else drafter or "",
+            workload=workload or "chat",
+            experts=parse_experts(experts),
+        )
 
     @classmethod
-    def weights_only(cls, weights: str | None, *, fast: bool) -> Wish:
-        """From `--format` and `--fast` alone. Raises InvalidRequest naming the option."""
-        return cls(_format(weights), fast)
+    def weights_only(cls, weights: str | None, *, fast: bool, experts: str | None = None) -> Wish:
+        """From `--format`, `--fast` and `--experts` alone. Raises InvalidRequest naming the option."""
+        return cls(_format(weights), fast, experts=parse_experts(experts))
 
     @property
     def is_open(self) -> bool:
@@ -106,7 +124,12 @@ class Wish:
             return False
         if self.is_open:
             return True
-        return self.options == PlanOptions() and self.accepts_class(views.manifest_of(state).numeric_class)
+        return self.options == PlanOptions() and self.accepts_cut(views.manifest_of(state))
+
+    def accepts_cut(self, found: Manifest) -> bool:
+        """Whether a model that is cut so is what was asked for."""
+        whole = any(segment.axis == "experts" for layer in found.layers for segment in layer.segments)
+        return self.accepts_class(found.numeric_class) and self.experts in (None, "whole" if whole else "columns")
 
     def accepts_class(self, found: NumericClass) -> bool:
         """Whether weights in this class are what was asked for."""
@@ -126,6 +149,29 @@ def _format(text: str | None) -> str | None:
         return text
     *others, last = weight_formats()
     raise InvalidRequest(f"--format {text!r}: it is {', '.join(others)} or {last}", param="format")
+
+
+def parse_experts(text: str | None) -> str | None:
+    """How experts are cut, as it is said on a command line; raises InvalidRequest."""
+    if text in (None, *EXPERTS):
+        return text
+    raise InvalidRequest(f"--experts {text!r}: it is {' or '.join(EXPERTS)}", param="experts")
+
+
+def _expert_memory(text: str | None) -> int:
+    if text is None:
+        return 0
+    from ganglion.cli.settings import parse_bytes
+
+    try:
+        size = parse_bytes(text)
+    except ValueError as error:
+        raise InvalidRequest(f"--expert-memory: {error}", param="expert_memory") from error
+    if not isinstance(size, int) or size < 1:
+        raise InvalidRequest(
+            f"--expert-memory {text}: no expert fits; leave it out for all of them", param="expert_memory"
+        )
+    return size
 
 
 def _plan_options(document: dict[str, Any]) -> PlanOptions:
@@ -192,7 +238,7 @@ async def manifest_for(root: Path, line: Admin, model: str, found: Source | None
     here = [
         each
         for each in find_cut(root, model)
-        if each.home == local_agent(root).home and wish.accepts_class(each.manifest.numeric_class)
+        if each.home == local_agent(root).home and wish.accepts_cut(each.manifest)
     ]
     if not here:
         raise await unknown_model(line, model)
@@ -251,17 +297,26 @@ def cut(root: Path, home: Path, source: Source, *, wish: Wish) -> Manifest:
             param="format",
         )
     rules = wish.rules or NO_RULES
-    numeric = numeric_class(source.path, weights, fast=wish.fast, block=wish.block, rules=rules)
+    experts: Any = wish.experts or "columns"
+    numeric = numeric_class(source.path, weights, fast=wish.fast, block=wish.block, rules=rules, experts=experts)
     store = PieceStore(home / "store")
     shelf = ManifestShelf(home / "store")
-    memory, key = Memory(root), key_of(source, numeric)
+    memory, key = Memory(root), key_of(source, numeric, experts)
     if (remembered := memory.recall(key)) is not None:
         with contextlib.suppress(NotFound):
             known = shelf.get(remembered)
             if all(store.has(piece.digest, piece.size) for piece in all_pieces(known)):
                 return known
     with progress_bar(f"cutting {source.name} ({numeric.name})") as advance:
-        manifest = partition(source.path, store, name=source.name, numeric_class=numeric, rules=rules, progress=advance)
+        manifest = partition(
+            source.path,
+            store,
+            name=source.name,
+            numeric_class=numeric,
+            rules=rules,
+            experts=experts,
+            progress=advance,
+        )
     memory.note(key, shelf.put(manifest), source)
     return manifest
 

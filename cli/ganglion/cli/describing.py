@@ -17,6 +17,7 @@ from ganglion.cli.shelf import CutModel
 from ganglion.cli.sourcing import Source
 from ganglion.wire.errors import GanglionError, Unsupported
 from ganglion.wire.nouns import Geometry, NumericClass
+from ganglion.wire.shares import every_expert
 
 if TYPE_CHECKING:
     from ganglion.partitioner.config import Config
@@ -162,7 +163,7 @@ def cut_document(each: CutModel, deployed: frozenset[str] | None) -> dict[str, A
         "path": str(each.home / "store"),
         "family": manifest.family,
         **_geometry(manifest.geometry),
-        "splits": _splits(manifest.geometry),
+        "splits": _splits(manifest.geometry, max(map(len, every_expert(manifest.layers)), default=0)),
         "parameters": manifest.parameters,
         **_text(tokenizer),
         "digest": manifest.source_digest,
@@ -246,8 +247,10 @@ def _geometry(geometry: Geometry) -> dict[str, Any]:
     }
 
 
-def _splits(geometry: Geometry) -> dict[str, int]:
-    """Devices at most, by how the model is split."""
+def _splits(geometry: Geometry, experts: int = 0) -> dict[str, int]:
+    """Devices at most, by how the model is split; experts: of a layer, where it is cut expert by expert."""
+    if experts:
+        return {"expert": experts, "pipeline": geometry.layers}
     return {
         "tensor": max(geometry.head_groups, geometry.column_groups),
         "attention": geometry.head_groups,

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ganglion.cli import benching, fleet, keys, lifecycle, models, planning, quantizing, roles, talk
+from ganglion.cli.experts import app as experts
 from ganglion.cli.runner import DEBUG
 
 app = typer.Typer(
@@ -43,7 +44,7 @@ def ganglion(
         os.environ[DEBUG] = "1"  # also for the processes that a command starts
 
 
-for module in (lifecycle, roles, talk, models, quantizing, planning, benching, fleet, keys):
+for module in (lifecycle, roles, talk, models, quantizing, planning, benching, fleet, experts, keys):
     module.add_to(app)
 
 

@@ -11,7 +11,15 @@ import typer
 
 from ganglion.cli import output
 from ganglion.cli.fleet import root_of
-from ganglion.cli.options import FastOption, FormatOption, HomeOption, JsonOption, ModelArgument, NameOption
+from ganglion.cli.options import (
+    ExpertsOption,
+    FastOption,
+    FormatOption,
+    HomeOption,
+    JsonOption,
+    ModelArgument,
+    NameOption,
+)
 from ganglion.cli.runner import command
 from ganglion.cli.talk import read_line
 
@@ -38,6 +46,7 @@ async def pull(
     name: NameOption = None,
     weights: FormatOption = None,
     fast: FastOption = False,
+    experts: ExpertsOption = None,
     cut: Annotated[bool, typer.Option("--cut/--no-cut", help="Cut it into the store of this machine's agent.")] = True,
     home: HomeOption = None,
     as_json: JsonOption = False,
@@ -49,7 +58,7 @@ async def pull(
     from ganglion.wire.errors import NotFound
     from ganglion.wire.nouns import digest
 
-    wish = deploying.Wish.weights_only(weights, fast=fast)
+    wish = deploying.Wish.weights_only(weights, fast=fast, experts=experts)
     root = root_of(home)
     source = local_checkpoint(model, name)
     if source is None:

@@ -124,7 +124,27 @@ ForOption = Annotated[
     ),
 ]
 FastOption = Annotated[bool, typer.Option("--fast", help="A fast numeric class: quicker, not bit-equal between plans.")]
-ModeOption = Annotated[str, typer.Option("--mode", help="auto, single, tensor or pipeline.")]
+ExpertsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--experts",
+        help="How a mixture is cut: columns (through every expert: for tensor parallelism) or whole (expert by"
+        " expert: for --mode expert and --expert-memory). Default: as it is deployed or cut, else columns.",
+        show_default=False,
+    ),
+]
+ExpertMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--expert-memory",
+        help="Memory of each device for a mixture's experts, as in 4GiB: those beyond stay on its disk and are read as"
+        " tokens take them. Default: for all, or for as many as fit where nothing else does.",
+        show_default=False,
+    ),
+]
+ModeOption = Annotated[
+    str, typer.Option("--mode", help="auto, single, tensor, pipeline, or expert (a mixture's experts on many devices).")
+]
 DevicesOption = Annotated[
     str, typer.Option("--devices", help="Names of the devices to use, with commas. Default: any.", show_default=False)
 ]

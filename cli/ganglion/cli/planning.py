@@ -13,6 +13,8 @@ from ganglion.cli.fleet import root_of
 from ganglion.cli.options import (
     ContextOption,
     DevicesOption,
+    ExpertMemoryOption,
+    ExpertsOption,
     FastOption,
     FormatOption,
     ForOption,
@@ -45,6 +47,8 @@ async def plan(
     weights: FormatOption = None,
     workload: ForOption = None,
     fast: FastOption = False,
+    experts: ExpertsOption = None,
+    expert_memory: ExpertMemoryOption = None,
     mode: ModeOption = "auto",
     devices: DevicesOption = "",
     shares: SharesOption = "",
@@ -73,6 +77,7 @@ async def plan(
     wish = Wish.of(
         weights=weights, workload=workload, fast=fast, mode=mode, devices=devices, shares=shares, topology=topology,
         payload=payload, context=context, sessions=sessions, prefix_tokens=prefix_tokens, private=private,
+        experts=experts, expert_memory=expert_memory,
         drafter=drafter, window=window,
     )  # fmt: skip
     root = root_of(home)

@@ -10,10 +10,11 @@ import typer
 
 from ganglion.cli import output
 from ganglion.cli.fleet import root_of
-from ganglion.cli.options import FastOption, HomeOption, JsonOption, ThreadsOption
+from ganglion.cli.options import ExpertsOption, FastOption, HomeOption, JsonOption, ThreadsOption
 from ganglion.cli.runner import command
 
 if TYPE_CHECKING:
+    from ganglion.cli.deploying import Wish
     from ganglion.cli.sourcing import Source
     from ganglion.partitioner.classes import Layout
     from ganglion.partitioner.quality import Measured, Suggestion
@@ -77,6 +78,17 @@ async def quantize(
         typer.Option("--write", help="Write the suggested exceptions here (with --report).", show_default=False),
     ] = None,
     apply: Annotated[bool, typer.Option("--apply", help="Cut with the suggested exceptions (with --report).")] = False,
+    experts: ExpertsOption = None,
+    expert_budget: Annotated[
+        float | None,
+        typer.Option(
+            "--expert-budget",
+            min=0,
+            help="Choose which experts are int8 where the others are int4 (with --report; experts are cut whole):"
+            " percent of the perplexity over that of all in int8, as measured on the text.",
+            show_default=False,
+        ),
+    ] = None,
     threads: ThreadsOption = None,
     name: Annotated[
         str | None,
@@ -93,16 +105,23 @@ async def quantize(
 
     The report runs the model on a text, once in float32 and once in the format, layer by layer: for each tensor the
     signal to noise of its numbers in dB, its largest number over its root mean square, how far rounding it alone moves
-    the residual, and its part of the KL; for the whole KL, equal choices and perplexities.
+    the residual, and its part of the KL; for the whole KL, equal choices and perplexities. With --expert-budget it says
+    of a mixture which experts need int8, by how often and with which weight they are chosen and how rounding moves what
+    they give.
     """
+    from ganglion.cli import expert_widths
+    from ganglion.cli.deploying import Wish, parse_experts
     from ganglion.cli.sourcing import checkpoint_of
     from ganglion.partitioner.checkpoint import open_checkpoint
     from ganglion.partitioner.classes import lay_out, numeric_class
     from ganglion.partitioner.quality import suggest
     from ganglion.wire.errors import InvalidRequest, NotFound
 
-    if (write or apply or text) and not report:
-        raise InvalidRequest("--write, --apply and --text belong to --report", param="report")
+    if (write or apply or text or expert_budget is not None) and not report:
+        raise InvalidRequest("--write, --apply, --text and --expert-budget belong to --report", param="report")
+    cut_by: Any = parse_experts(experts) or ("columns" if expert_budget is None else "whole")
+    if expert_budget is not None and cut_by != "whole":
+        raise InvalidRequest("--expert-budget: experts have formats of their own in a cut by --experts whole")
     source = await checkpoint_of(model)
     if source is None:
         raise NotFound(f"{model!r} is no folder, no GGUF file and no embedded model", param="model")
@@ -114,21 +133,32 @@ async def quantize(
         )
     rules = _rules(exceptions, rounding)
     chosen: Any = weights
-    numeric = numeric_class(source.path, chosen, fast=fast, block=block, rules=rules)
+    numeric = numeric_class(source.path, chosen, fast=fast, block=block, rules=rules, experts=cut_by)
     document: dict[str, Any] = {"model": source.name, "numeric_class": numeric.name}
     if report:
-        layout = lay_out(open_checkpoint(source.path), numeric, rules)
-        measured = _measured(layout, _rows(layout, text, tokens), threads, by_tensor=tensors)
-        suggestion = suggest(measured, target)
-        document |= _document(measured, suggestion, target)
-        if not as_json:
-            _show(measured, suggestion, target)
-        rules = replace(rules, exceptions=tuple((dict(rules.exceptions) | dict(suggestion.exceptions)).items()))
-        if write is not None:
-            _write(write, rules)
+        layout = lay_out(open_checkpoint(source.path), numeric, rules, cut_by)
+        sample = _rows(layout, text, tokens)
+        _start_runtime(threads)
+        if expert_budget is not None:
+            widths = expert_widths.choose(layout, sample, expert_budget / 100, rules, _open_session)
+            document |= {"expert_widths": expert_widths.document(widths)}
+            if not as_json:
+                expert_widths.show(widths)
+            rules = widths.rules
+        else:
+            measured = _measured(layout, sample, by_tensor=tensors)
+            suggestion = suggest(measured, target)
+            document |= _document(measured, suggestion, target)
+            if not as_json:
+                _show(measured, suggestion, target)
+            suggested = dict(rules.exceptions) | dict(suggestion.exceptions)
+            rules = replace(rules, exceptions=tuple(suggested.items()))
+    if write is not None:
+        _write(write, rules)
     if apply or not report:
         named = name or f"{source.name}-{weights}" + (f"-{numeric.block}" if numeric.block else "")
-        document |= _cut(root_of(home), replace(source, name=named), weights, block, rules, fast=fast)
+        wish = Wish(weights, fast, block=block, rules=rules, experts=cut_by)
+        document |= _cut(root_of(home), replace(source, name=named), wish)
     if as_json:
         output.answer_json(document)
 
@@ -146,7 +176,7 @@ def _rules(exceptions: Path | None, rounding: str | None) -> Rules:
     return replace(rules, rounding=chosen)
 
 
-def _cut(root: Path, source: Source, weights: str, block: int | None, rules: Rules, *, fast: bool) -> dict[str, Any]:
+def _cut(root: Path, source: Source, wish: Wish) -> dict[str, Any]:
     """Cut into the store of this machine's agent; what the answer says of it."""
     from ganglion.cli import deploying
     from ganglion.wire.errors import Unavailable
@@ -155,7 +185,7 @@ def _cut(root: Path, source: Source, weights: str, block: int | None, rules: Rul
     place = deploying.store_home(root)
     if place is None:
         raise Unavailable("not cut: this machine has no agent yet; start one with `ganglion up`")
-    manifest = deploying.cut(root, place, source, wish=deploying.Wish(weights, fast, block=block, rules=rules))
+    manifest = deploying.cut(root, place, source, wish=wish)
     output.say(f"run it with: ganglion run {source.name}")
     return {"name": source.name, "numeric_class": manifest.numeric_class.name, "manifest_digest": digest(manifest)}
 
@@ -181,13 +211,17 @@ def _rows(layout: Layout, text: Path | None, tokens: int) -> list[list[int]]:
     )
 
 
-def _measured(layout: Layout, rows: list[list[int]], threads: int | None, *, by_tensor: bool) -> Measured:
+def _start_runtime(threads: int | None) -> None:
     from ganglion.agent.executor.loader import start_runtime
     from ganglion.agent.probe.machine import usable
+
+    start_runtime(usable(threads or 0).threads)
+
+
+def _measured(layout: Layout, rows: list[list[int]], *, by_tensor: bool) -> Measured:
     from ganglion.cli.bars import progress_bar
     from ganglion.partitioner.quality import measure
 
-    start_runtime(usable(threads or 0).threads)
     title = f"measured {layout.recipe.numeric_class.name} on {sum(len(row) - 1 for row in rows)} tokens"
     with progress_bar(title) as advance:
         return measure(layout, rows, _open_session, advance, by_tensor=by_tensor)

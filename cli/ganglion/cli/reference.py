@@ -32,6 +32,7 @@ traceback of an error.
 | `org/name:Q4_K_M` | a GGUF file of it: the quantization, or its own name (default: `Q4_K_M`, or the only one) |
 | `hf.co/org/name…` | the same, also where a folder `org/name` exists here |
 | `./folder`, `/folder`, `file.gguf` | a checkpoint of this machine |
+| `experts`, `experts:CLASS` | whoever was chosen of the experts, for the class `default` or another (`run`, `chat`) |
 | any other name | a model that is cut or deployed |
 
 `run`, `chat` and `plan` use what lies in the Hugging Face cache and ask the hub only when it is not there whole;

@@ -84,8 +84,8 @@ class Memory:
         return [place for place in self._path.iterdir() if place.is_file()] if self._path.is_dir() else []
 
 
-def key_of(source: Source, numeric: NumericClass) -> str:
-    """A name for (this checkpoint as it lies there now, its name, this class): changes when any of its files does."""
+def key_of(source: Source, numeric: NumericClass, experts: str = "columns") -> str:
+    """A name for (this checkpoint as it lies there now, its name, this cut): changes when any of its files does."""
     from ganglion.partitioner.sources.choice import split_parts
     from ganglion.wire.hello import distribution_version
 
@@ -94,7 +94,7 @@ def key_of(source: Source, numeric: NumericClass) -> str:
     if not path.is_dir():
         parts = split_parts(path.name, [file.name for file in files])
         files = [file for file in files if file.name in parts]
-    marks = [distribution_version(), str(path), source.name, to_json(numeric).decode()]
+    marks = [distribution_version(), str(path), source.name, to_json(numeric).decode(), experts]
     for file in files:
         if file.is_file():
             stat = file.stat()

@@ -24,6 +24,8 @@ from ganglion.cli.options import (
     ApiOption,
     ContextOption,
     DevicesOption,
+    ExpertMemoryOption,
+    ExpertsOption,
     FastOption,
     FormatOption,
     ForOption,
@@ -75,6 +77,8 @@ async def run(
     weights: FormatOption = None,
     workload: ForOption = None,
     fast: FastOption = False,
+    experts: ExpertsOption = None,
+    expert_memory: ExpertMemoryOption = None,
     mode: ModeOption = "auto",
     devices: DevicesOption = "",
     shares: SharesOption = "",
@@ -104,12 +108,14 @@ async def run(
 ) -> None:
     """Deploy a model unless it is ready, and complete a prompt with it: the answer alone on standard output.
 
+    `experts` and `experts:CLASS` ask those that were chosen of `ganglion experts ls`; nothing is deployed then.
     With --verifier the model drafts for the one behind that URL, which answers under the name of --as.
     """
     from ganglion.cli.admin import admin
     from ganglion.cli.api import require_api
     from ganglion.cli.deploying import Wish, ensure_ready
     from ganglion.cli.drafting import deploy_drafter, drafting_for, drafting_of
+    from ganglion.cli.experts.classes import is_class
     from ganglion.wire.errors import InvalidRequest
 
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -117,6 +123,7 @@ async def run(
     wish = Wish.of(
         weights=weights, workload=workload, fast=fast, mode=mode, devices=devices, shares=shares, topology=topology,
         payload=payload, context=context, sessions=sessions, prefix_tokens=prefix_tokens, private=private,
+        experts=experts, expert_memory=expert_memory,
         drafter=drafter, window=window,
     )  # fmt: skip
     drafting = drafting_of(
@@ -127,7 +134,14 @@ async def run(
             "--draft drafts for a model here, --verifier for one behind an API: give one", param="draft"
         )
     async with admin(root) as line:
-        if as_name is not None:
+        if await is_class(line, model):
+            deployed = model
+            if not wish.is_open or drafter is not None or draft is not None or as_name is not None or name is not None:
+                raise InvalidRequest(
+                    f"{model} asks experts, which are deployed one by one; give those options with each of them",
+                    param="model",
+                )
+        elif as_name is not None:
             await deploy_drafter(root, line, model, drafting, device=draft_on)
             deployed = as_name
         else:
@@ -160,10 +174,14 @@ async def chat(
     from ganglion.cli.admin import admin
     from ganglion.cli.api import require_api
     from ganglion.cli.deploying import Wish, ensure_ready
+    from ganglion.cli.experts.classes import is_class
 
     root = root_of(home)
     async with admin(root) as line:
-        deployed = await ensure_ready(root, line, model, name=name, wish=Wish())
+        if await is_class(line, model):
+            deployed = model
+        else:
+            deployed = await ensure_ready(root, line, model, name=name, wish=Wish())
     base = require_api(root, api)
     options = _sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed) | {"model": deployed}
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []

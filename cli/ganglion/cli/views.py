@@ -222,7 +222,9 @@ def phase(number: admin_pb2.DeploymentPhase) -> str:
 
 
 def mode(plan: Plan) -> str:
-    """single, tensor, pipeline, or pipeline of tensor stages as `pipeline+tensor`."""
+    """single, tensor, pipeline, expert, or pipeline of tensor stages as `pipeline+tensor`."""
+    if any(share.experts for share in plan.stages[0].shares[1:]):
+        return "expert"
     tensor = any(len(stage.shares) > 1 for stage in plan.stages)
     if len(plan.stages) == 1:
         return "tensor" if tensor else "single"
@@ -293,6 +295,7 @@ def _shards(plan: Plan, names: dict[str, str]) -> list[dict[str, Any]]:
             "heads": [share.heads.start, share.heads.stop],
             "columns": [share.columns.start, share.columns.stop],
             "vocab": [share.vocab.start, share.vocab.stop],
+            "experts": sum(map(len, share.experts)),
             "threads": plan.threads.get(share.device),
         }
         for stage in plan.stages
