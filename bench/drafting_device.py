@@ -22,7 +22,6 @@ from google.protobuf.json_format import MessageToDict
 from padded import block_until, drafter_of, due_s, wait_until
 
 from ganglion.agent.executor.loader import start_runtime
-from ganglion.agent.speculation.contract import tokenizer_digest
 from ganglion.agent.speculation.engine import DraftEngine
 from ganglion.agent.speculation.guessing import Ask, Guess
 from ganglion.agent.speculation.hybrid import Hybrid, Policy, Target
@@ -33,7 +32,7 @@ from ganglion.proto import identity_pb2, lane_pb2
 from ganglion.wire.home import Home
 from ganglion.wire.identity import Identity
 from ganglion.wire.limits import MANIFEST_BYTES
-from ganglion.wire.nouns import Manifest, digest, from_json
+from ganglion.wire.nouns import Manifest, digest, from_json, tokenizer_digest
 from ganglion.wire.session import SessionClient
 
 Guessed = tuple[Sequence[tuple[Seat, Node, Ask]], list[Guess], float]

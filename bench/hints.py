@@ -20,13 +20,13 @@ from speculation import prompts  # noqa: E402
 from trees import CONTEXT  # noqa: E402
 
 from ganglion.agent.executor.loader import start_runtime  # noqa: E402
-from ganglion.agent.lead.sampling import Sampling  # noqa: E402
 from ganglion.agent.speculation.early import early_layers  # noqa: E402
 from ganglion.agent.speculation.engine import Ask, DraftEngine, load_engine  # noqa: E402
 from ganglion.agent.store import PieceStore  # noqa: E402
 from ganglion.models import demo_path  # noqa: E402
 from ganglion.partitioner.cut import numeric_class, partition  # noqa: E402
 from ganglion.wire.nouns import Manifest  # noqa: E402
+from ganglion.wire.sampling.parameters import Sampling  # noqa: E402
 
 
 def main() -> None:

@@ -85,7 +85,7 @@ LINKS = (*(Way(rtt) for rtt in (0, 20, 40, 80, 150)), Way(80, jitter_ms=20), Way
 # --- processes
 
 
-def _world() -> Any:
+def small_world() -> Any:
     """The tests' own small world: an owner and an authority that certifies anyone, in memory."""
     spec = importlib.util.spec_from_file_location("world", ROOT / "tests" / "wire" / "conftest.py")
     if spec is None or spec.loader is None:
@@ -203,7 +203,7 @@ def stand(
     fixed: bool = False,
 ) -> Iterator[Stand]:
     """Both processes over a link; own: the verifier has a drafter too. window: at most, or always; 0: as is chosen."""
-    world = _world()
+    world = small_world()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stand-", dir=models.work)))
         link, bind = None, "127.0.0.1"

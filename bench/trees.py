@@ -28,7 +28,6 @@ from speculation import prompts  # noqa: E402
 from verify_session import opening  # noqa: E402
 
 from ganglion.agent import control  # noqa: E402
-from ganglion.agent.lead.sampling import parse_sampling  # noqa: E402
 from ganglion.agent.speculation.drafters import ModelDrafter  # noqa: E402
 from ganglion.agent.speculation.engine import Ask, DraftEngine, load_engine  # noqa: E402
 from ganglion.agent.store import PieceStore  # noqa: E402
@@ -39,6 +38,7 @@ from ganglion.proto import identity_pb2, lane_pb2  # noqa: E402
 from ganglion.wire.home import Home  # noqa: E402
 from ganglion.wire.nouns import Manifest, Plan, Range, Share, Stage, digest, to_json  # noqa: E402
 from ganglion.wire.prefixes import Prefix  # noqa: E402
+from ganglion.wire.sampling.parameters import parse_sampling  # noqa: E402
 from ganglion.wire.session import SessionClient  # noqa: E402
 
 CONTEXT, ROWS = 1024, 8

@@ -35,16 +35,16 @@ from shapes import SHAPES, write_checkpoint  # noqa: E402
 from ganglion.agent.executor.embedding import EmbeddingTable  # noqa: E402
 from ganglion.agent.executor.executor import Batch, Executor  # noqa: E402
 from ganglion.agent.executor.loader import load_shard, start_runtime  # noqa: E402
-from ganglion.agent.lead.adjusting import VocabShare  # noqa: E402
 from ganglion.agent.lead.candidates import answer  # noqa: E402
 from ganglion.agent.lead.draw import Draw  # noqa: E402
 from ganglion.agent.lead.sampler import Drawn, draw_token  # noqa: E402
-from ganglion.agent.lead.sampling import Sampling  # noqa: E402
 from ganglion.agent.roles import Role  # noqa: E402
 from ganglion.agent.store import PieceStore  # noqa: E402
 from ganglion.agent.worker_stage import vocab_shares  # noqa: E402
 from ganglion.models import demo_path  # noqa: E402
 from ganglion.wire.nouns import Manifest, Plan, Range, Share, Stage, digest  # noqa: E402
+from ganglion.wire.sampling.adjusting import VocabShare  # noqa: E402
+from ganglion.wire.sampling.parameters import Sampling  # noqa: E402
 
 SPREAD = 3.5  # the deviation of a trained model's logits is so many times that of random weights
 DRAWS = {
