@@ -138,3 +138,13 @@ def test_chances_are_those_of_a_log_normal_time() -> None:
     together = p95_of_all([time, AnswerTime(1.5, 3.0)])
     assert together == pytest.approx(float(np.quantile(drawn, 0.95)), rel=0.03)
     assert p95_of_all([time]) == pytest.approx(2.0, rel=2e-3)
+
+
+def test_answers_that_are_quicker_than_claimed_do_not_widen_the_tail() -> None:
+    claim = Claim(tokens_per_s=3000.0)  # 0.5 s to the first token, as nobody says
+    before = figures_of(claim, [], 0.0, 100.0).whole(64)
+    quick = [Sample(100.0, 0.02, 0.001)]
+    after = figures_of(claim, quick, 0.0, 100.0).whole(64)
+    assert after[1] <= before[1] * 1.01
+    slow = [Sample(100.0, 5.0, 0.01)]
+    assert figures_of(claim, slow, 0.0, 100.0).whole(64)[1] > 5.0  # one is enough to keep it from tight budgets

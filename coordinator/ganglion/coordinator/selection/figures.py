@@ -154,9 +154,11 @@ def estimate(
     middle = quantile([*logs, (math.log(median), PRIOR_WEIGHT)], 0.5)
     total = sum(weight for _, weight in logs)
     claimed = math.log(p95 / median) / Z95
-    seen = 1.4826 * quantile([(abs(value - middle), weight) for value, weight in logs], 0.5)
+    # About the answers' own middle: that they are quicker than was claimed is no spread. Slower ones count at once.
+    own = quantile(logs, 0.5)
+    seen = 1.4826 * quantile([(abs(value - own), weight) for value, weight in logs], 0.5)
     sigma = math.sqrt((PRIOR_WEIGHT * claimed**2 + total * seen**2) / (PRIOR_WEIGHT + total))
-    fitted = middle + Z95 * max(sigma, LEAST_SIGMA)
+    fitted = max(middle, own) + Z95 * max(sigma, LEAST_SIGMA)
     share = min(1.0, fresh * total / ENOUGH)
     # Of few answers the slowest alone is above any 95 %: it may be an accident.
     counted = logs if total >= ENOUGH else sorted(logs)[:-1]
