@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
+from shapes import write_random
 
 SHAPES: dict[str, dict[str, int]] = {
     "middle": {
@@ -47,48 +44,16 @@ def _tensors(shape: dict[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "model.norm.weight", (hidden,)
 
 
-def _values(generator: np.random.Generator, dimensions: tuple[int, ...]) -> npt.NDArray[np.uint16]:
-    """bfloat16 bits: ones for a norm, else Gaussian with the deviation that keeps rows at unit size."""
-    if len(dimensions) == 1:
-        values = np.ones(dimensions, np.float32)
-    else:
-        values = generator.standard_normal(dimensions, np.float32) / np.float32(dimensions[1] ** 0.5)
-    return (values.view(np.uint32) >> 16).astype(np.uint16)
-
-
 def write_mixture(folder: Path, shape_name: str, tokenizer: Path, *, seed: int = 0) -> Path:
-    """Write a Qwen3-MoE checkpoint of `shape_name` (bfloat16, tied embeddings) unless it stands already.
-
-    `tokenizer`: folder whose tokenizer files are copied, so that text can be sent; ids beyond it never occur in text.
-    """
+    """Write a Qwen3-MoE checkpoint of `shape_name` with tied embeddings, as `write_random` does."""
     shape = SHAPES[shape_name]
-    target = folder / f"mixture-{shape_name}"
-    if (target / "config.json").exists():
-        return target
-    target.mkdir(parents=True, exist_ok=True)
-    header: dict[str, object] = {}
-    offset = 0
-    for name, dimensions in _tensors(shape):
-        size = 2 * int(np.prod(dimensions))
-        header[name] = {"dtype": "BF16", "shape": list(dimensions), "data_offsets": [offset, offset + size]}
-        offset += size
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    generator = np.random.default_rng(seed)
-    with (target / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for _, dimensions in _tensors(shape):
-            file.write(_values(generator, dimensions).tobytes())
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (target / name).write_bytes((tokenizer / name).read_bytes())
     config = {
         "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_act": "silu", "rms_norm_eps": 1e-6,
         "rope_theta": 1000000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "attention_bias": False,
         "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "bos_token_id": 0,
         "eos_token_id": shape["vocab_size"] - 1, "intermediate_size": 4 * shape["hidden_size"], **shape,
     }  # fmt: skip
-    (target / "config.json").write_text(json.dumps(config, indent=1))
-    return target
+    return write_random(folder / f"mixture-{shape_name}", list(_tensors(shape)), config, tokenizer, seed=seed)
 
 
 if __name__ == "__main__":

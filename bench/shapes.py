@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,19 +55,25 @@ def _values(generator: np.random.Generator, dimensions: tuple[int, ...]) -> npt.
     return (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
-def write_checkpoint(folder: Path, shape_name: str, tokenizer: Path, *, seed: int = 0) -> Path:
-    """Write a Hugging Face Llama checkpoint of `shape_name` (bfloat16, tied embeddings) unless it stands already.
+def write_random(
+    target: Path,
+    tensors: Sequence[tuple[str, tuple[int, ...]]],
+    config: dict[str, object],
+    tokenizer: Path,
+    *,
+    seed: int = 0,
+) -> Path:
+    """Write a Hugging Face checkpoint of random weights (bfloat16) to the folder `target` unless one stands there.
 
-    `tokenizer`: folder whose tokenizer files are copied, so that text can be sent; ids beyond it never occur in text.
+    tensors: names and shapes. tokenizer: folder whose tokenizer files are copied, so that text can be sent; ids beyond
+    it never occur in text.
     """
-    shape = SHAPES[shape_name]
-    target = folder / shape_name
     if (target / "config.json").exists():
         return target
     target.mkdir(parents=True, exist_ok=True)
     header: dict[str, object] = {}
     offset = 0
-    for name, dimensions in _tensors(shape):
+    for name, dimensions in tensors:
         size = 2 * int(np.prod(dimensions))
         header[name] = {"dtype": "BF16", "shape": list(dimensions), "data_offsets": [offset, offset + size]}
         offset += size
@@ -76,17 +82,23 @@ def write_checkpoint(folder: Path, shape_name: str, tokenizer: Path, *, seed: in
     generator = np.random.default_rng(seed)
     with (target / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for _, dimensions in _tensors(shape):
+        for _, dimensions in tensors:
             file.write(_values(generator, dimensions).tobytes())
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (target / name).write_bytes((tokenizer / name).read_bytes())
+    (target / "config.json").write_text(json.dumps(config, indent=1))
+    return target
+
+
+def write_checkpoint(folder: Path, shape_name: str, tokenizer: Path, *, seed: int = 0) -> Path:
+    """Write a Llama checkpoint of `shape_name` with tied embeddings, as `write_random` does."""
+    shape = SHAPES[shape_name]
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "attention_bias": False,
         "mlp_bias": False, "bos_token_id": 0, "eos_token_id": shape["vocab_size"] - 1, **shape,
     }  # fmt: skip
-    (target / "config.json").write_text(json.dumps(config, indent=1))
-    return target
+    return write_random(folder / shape_name, list(_tensors(shape)), config, tokenizer, seed=seed)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ import json
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any, Literal
 
 import numpy as np
+from loopback_http import LoopbackServer, Quiet
 from reference_runner import Runner
 from tokenizers import Tokenizer
 
@@ -24,7 +25,7 @@ Fault = Callable[[str, Any], tuple[int, dict[str, str], bytes] | Literal["drop"]
 
 
 @dataclass
-class ModelServer:
+class ModelServer(LoopbackServer):
     """One model behind a port of loopback; a context manager. `seen`: paths and documents of requests, in order.
 
     begins: it puts the beginning-of-text token before a text (llama-cpp-python with add_bos_token).
@@ -47,7 +48,7 @@ class ModelServer:
     def __enter__(self) -> ModelServer:
         server = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet, BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
@@ -70,23 +71,11 @@ class ModelServer:
                 self.end_headers()
                 self.wfile.write(body)
 
-            def log_message(self, *said: Any) -> None:
-                pass
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02})
-        self._thread.start()
+        self.start(Handler)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._http.server_address[1]}/v1"
+        self.stop()
 
     def answer(self, path: str, document: Any) -> Any:
         with self.lock:  # as llama-cpp-python has it

@@ -6,14 +6,16 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from loopback_http import LoopbackServer, Quiet
 
 Answers = Callable[[Any], Iterator[bytes]]  # from the request's document to what is written, as it is
 
 
 @dataclass
-class ExpertServer:
+class ExpertServer(LoopbackServer):
     """`answers`: what it writes after the headers. `seen`: path, headers and document of every request.
 
     hold: while it is clear a stalling answer waits. closed: requests whose client went away in the middle.
@@ -29,7 +31,7 @@ class ExpertServer:
     def __enter__(self) -> ExpertServer:
         server = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet, BaseHTTPRequestHandler):
             def do_HEAD(self) -> None:
                 self.send_response(200)
                 self.end_headers()
@@ -48,24 +50,12 @@ class ExpertServer:
                 except (BrokenPipeError, ConnectionResetError):
                     server.gone.set()
 
-            def log_message(self, *said: Any) -> None:
-                pass
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02})
-        self._thread.start()
+        self.start(Handler)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stopping.set()
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._http.server_address[1]}/v1"
+        self.stop()
 
     def stalling(self, first: str = "") -> Answers:
         """Says `first`, then nothing until its client goes away."""

@@ -29,7 +29,6 @@ from ganglion.wire.errors import Exhausted, Unsupported
 _FIXED: Final = 0x10
 _NORESERVE: Final = 0x4000
 _POPULATE: Final = 0x8000
-_FAILED: Final = ctypes.c_void_p(-1).value
 
 
 def check_supported() -> None:
